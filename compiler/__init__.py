@@ -1,0 +1,1 @@
+"""The compiler: front ends, passes, pipeline, reference arithmetic, bundle writing, verify."""

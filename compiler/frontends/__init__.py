@@ -1,0 +1,1 @@
+"""Front ends: one file format each, read into a configuration and a lazy source of weights."""

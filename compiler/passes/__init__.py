@@ -1,0 +1,1 @@
+"""Relax passes over composites, one a file."""

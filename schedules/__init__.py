@@ -1,0 +1,1 @@
+"""Kernel generators: Python functions that build TIR for one shape and one instruction set."""

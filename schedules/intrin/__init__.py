@@ -1,0 +1,1 @@
+"""Vector instructions as LLVM intrinsics, one instruction-set family a file."""

@@ -1,0 +1,1 @@
+"""Target plug-ins: one class per processor, one TOML file per SoC."""
