@@ -1,0 +1,102 @@
+"""What a kernel is, and the scaffold in which generators build one.
+
+A kernel is a TIR PrimFunc `kernel(inputs..., outputs..., begin, end)` over static shapes. Its work is cut
+into `work` independent items, and a call does the items `begin <= i < end`: threads, DSP jobs and tests
+all use the same function with other bounds, and no kernel ever waits for another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx import Buffer, PrimFunc
+from tvm.tirx.script.builder import ir as T
+
+Knobs = Mapping[str, int]
+
+WORK_ATTR = "llamac.work"
+OUTPUTS_ATTR = "llamac.outputs"
+
+
+class KernelBuilder:
+    """Builds one kernel: declare tensors, open `items()`, write the body, take `func`.
+
+    Args:
+        name: symbol of the kernel, in the grammar `<op>_<dst>_<lhs>_<rhs>_<isa>`.
+        work: number of independent work items.
+    """
+
+    def __init__(self, name: str, work: int) -> None:
+        self._name = name
+        self._work = work
+        self._outputs = 0
+        self._builder = IRBuilder()
+        self._function = T.prim_func()
+
+    def __enter__(self) -> KernelBuilder:
+        self._builder.__enter__()
+        self._function.__enter__()
+        T.func_name(self._name)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._function.__exit__(*exc)
+        self._builder.__exit__(*exc)
+
+    def input(self, name: str, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """Declare an input tensor (bfloat16 is declared as its uint16 bits)."""
+        return T.arg(name, T.buffer(shape, dtype))
+
+    def output(self, name: str, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """Declare an output tensor; outputs follow all inputs."""
+        self._outputs += 1
+        return T.arg(name, T.buffer(shape, dtype))
+
+    @contextmanager
+    def items(self) -> Iterator[Any]:
+        """Loop over the work items of this call; yields the item's index."""
+        begin = T.arg("begin", T.int64())
+        end = T.arg("end", T.int64())
+        T.func_attr(
+            {
+                "global_symbol": self._name,
+                "tirx.noalias": True,
+                WORK_ATTR: self._work,
+                OUTPUTS_ATTR: self._outputs,
+            }
+        )
+        with T.serial(begin, end) as item:
+            yield item
+
+    @property
+    def func(self) -> PrimFunc:
+        """The finished kernel."""
+        return self._builder.get()
+
+
+def local(dtype: str, count: int = 1) -> Buffer:
+    """Allocate `count` local values of a (vector) dtype; constant indices become registers."""
+    return T.alloc_buffer((count,), dtype, scope="local")
+
+
+def store(buffer: Buffer, value: Any, *index: Any) -> None:
+    """Write `value` at `index` of `buffer`."""
+    T.buffer_store(buffer, value, list(index))
+
+
+def span(start: Any, lanes: int) -> Any:
+    """Index of `lanes` consecutive elements from `start`."""
+    return T.ramp(start, 1, lanes) if lanes > 1 else start
+
+
+def work_items(func: PrimFunc) -> int:
+    """Number of work items of a kernel."""
+    return int(func.attrs[WORK_ATTR])
+
+
+def num_outputs(func: PrimFunc) -> int:
+    """Number of output tensors of a kernel."""
+    return int(func.attrs[OUTPUTS_ATTR])
