@@ -1,0 +1,190 @@
+"""What a target plug-in is: one class per processor, found by entry point (`targets/registry.py`).
+
+    partition      passes        lower                        build
+    mark what  ──▶ fuse      ──▶ composites become        ──▶ files of the target
+    it takes       composites    kernels + packing recipes
+
+Everything here is plain data and one abstract class. TVM is imported for its types only, so that
+listing and checking targets stays fast.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+
+from llamac.runtime.errors import TargetUnknown
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from tvm.ir import IRModule
+    from tvm.ir.transform import Pass
+
+    from llamac.targets.soc import SoC
+
+API_VERSION = 1
+"""Version of this interface; a plug-in written for another one is refused."""
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called as `progress(what, done, total)` while a long step runs."""
+
+
+class TensorLike(Protocol):
+    """Shape and dtype of a named tensor of a checkpoint."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes, outermost first."""
+
+    @property
+    def dtype(self) -> str:
+        """A word of numpy's, or "bfloat16"."""
+
+
+class WeightReader(Protocol):
+    """A checkpoint's tensors by name, one in memory at a time; `bfloat16` is read as uint16."""
+
+    def names(self) -> Sequence[str]:
+        """All tensors, in Meta's names."""
+
+    def info(self, name: str) -> TensorLike:
+        """Shape and dtype without reading the values."""
+
+    def read(self, name: str) -> NDArray[Any]:
+        """The values."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """One thing that `check` did not find: what, why it is needed, how to get it."""
+
+    what: str
+    why: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class LowerOptions:
+    """What the user chose and every target must agree on.
+
+    Attributes:
+        context_length: positions the KV cache holds.
+        chunks: prefill lengths, largest first.
+        scale_dtype: "float16" or "bfloat16", of the int4 group scales.
+        kv_dtype: "float16" or "int8".
+    """
+
+    context_length: int
+    chunks: tuple[int, ...]
+    scale_dtype: str
+    kv_dtype: str
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A tensor of weights.bin, and how to make it from the checkpoint.
+
+    Attributes:
+        name: unique in the bundle.
+        shape: as the kernel sees it.
+        dtype: as the kernel sees it.
+        pack: yields the tensor in consecutive pieces, so that none is ever whole in memory twice;
+            the pieces' bytes together are the tensor's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    pack: Callable[[WeightReader], Iterator[NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What `lower` makes.
+
+    Attributes:
+        module: calls of kernels, and the kernels.
+        packed: the weights those kernels read.
+        notes: what the user should know (printed, and written to the manifest).
+    """
+
+    module: IRModule
+    packed: Sequence[PackedTensor]
+    notes: tuple[str, ...] = ()
+
+
+class Target(ABC):
+    """One code generator for one processor of a SoC; stateless, made from a SoC's description.
+
+    Class attributes say what the target can do; the defaults are what a CPU can:
+
+    Attributes:
+        name: the plug-in's name, the same as its entry point's, "x86-cpu".
+        processor: the kind of processor it serves, "cpu".
+        api_version: the version of this interface it was written for.
+        activation_rules: ways to quantize activations that it computes.
+        scale_dtypes: dtypes of int4 group scales that its kernels read.
+        kv_dtypes: dtypes of the KV cache that its kernels read and write.
+        emulated_by: the command that runs its code on another machine, "qemu-aarch64", or "".
+    """
+
+    name: ClassVar[str]
+    processor: ClassVar[str]
+    api_version: ClassVar[int] = API_VERSION
+    activation_rules: ClassVar[tuple[str, ...]] = ("torchao",)
+    scale_dtypes: ClassVar[tuple[str, ...]] = ("float16",)
+    kv_dtypes: ClassVar[tuple[str, ...]] = ("float16",)
+    emulated_by: ClassVar[str] = ""
+
+    def __init__(self, soc: SoC) -> None:
+        if all(processor.plugin != self.name for processor in soc.processors):
+            served = ", ".join(f"{p.kind} by {p.plugin}" for p in soc.processors)
+            raise TargetUnknown(
+                f"the plug-in {self.name!r} serves no processor of {soc.name}",
+                cause=f"the SoC file says: {served}",
+                fix="choose another SoC, or name the plug-in in a SoC file of your own",
+            )
+        self.soc = soc
+
+    def tvm_target(self, level: str = "") -> dict[str, Any]:
+        """Return the dict that `tvm.target.Target` takes; empty: TVM makes no code for it.
+
+        Args:
+            level: name of one of the SoC's levels, or "" where it has none.
+        """
+        return {}
+
+    def check(self) -> Sequence[Missing]:
+        """Say what this machine lacks to compile for the target. Empty: ready."""
+        return ()
+
+    def partition(self, mod: IRModule) -> IRModule:
+        """Mark the composites that this target takes. Default: leave the module as it is.
+
+        A CPU comes last in the SoC's order and owns all that nobody claimed, so it needs none.
+        """
+        return mod
+
+    def passes(self) -> Sequence[Pass]:
+        """Return passes over the composites it owns (fusion), in order."""
+        return ()
+
+    @abstractmethod
+    def lower(self, mod: IRModule, options: LowerOptions) -> Lowered:
+        """Choose a kernel for each composite, and say how its weights are packed.
+
+        Raises:
+            CoverageError: there is no kernel for an operation; it is named with its place.
+        """
+
+    @abstractmethod
+    def build(self, lowered: Lowered, out: Path, progress: Progress) -> Sequence[Path]:
+        """Write the target's files under `out`; return them in the order of loading.
+
+        Raises:
+            ToolchainMissing: a tool is not there (`check` says which).
+            BuildFailed: a tool ran and failed; its output is in the error.
+        """
