@@ -1,0 +1,363 @@
+"""The manifest of a bundle: everything about it that is not weights or code.
+
+`manifest.json` says which model was compiled, with which arithmetic, for which processor, how much
+memory it takes, and the size and hash of every file beside it. The compiler writes these
+dataclasses with `Manifest.to_json`, the runtime reads them with `read_manifest`; the fields are
+described in docs/bundle-format.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from llamac.runtime.errors import BundleInvalid, BundleMissing
+from llamac.runtime.schema import AtLeast, Matches, SchemaError, decode
+
+__all__ = [
+    "ABI_VERSION",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "FileEntry",
+    "FunctionEntry",
+    "LevelEntry",
+    "LoraEntry",
+    "Manifest",
+    "MemoryPlan",
+    "ModelEntry",
+    "OperationCheck",
+    "QuantizationEntry",
+    "RopeScalingEntry",
+    "TargetEntry",
+    "TokenizerEntry",
+    "Verification",
+    "file_sha256",
+    "parse_manifest",
+    "read_manifest",
+    "sample_sha256",
+]
+
+FORMAT = "llamac-bundle"
+FORMAT_VERSION = 1
+ABI_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+_MAX_MANIFEST_BYTES = 16 << 20
+_BLOCK_BYTES = 1 << 20
+_SAMPLE_BYTES = 4096
+_NUM_SAMPLES = 64
+
+Count = Annotated[int, AtLeast(1)]
+NotNegative = Annotated[int, AtLeast(0)]
+Positive = Annotated[float, AtLeast(1e-30)]
+Sha256 = Annotated[str, Matches("[0-9a-f]{64}")]
+Name = Annotated[str, Matches(".+")]
+
+
+@dataclass(frozen=True)
+class RopeScalingEntry:
+    """Stretching of the RoPE frequencies by the llama3 rule; `original_context` in tokens."""
+
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_context: Count
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """The architecture: widths in elements, `context_length` in tokens."""
+
+    name: Name
+    family: Name
+    dim: Count
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    ffn_dim: Count
+    vocab_size: Count
+    norm_eps: Positive
+    rope_theta: Positive
+    rope_scaling: RopeScalingEntry | None
+    context_length: Count
+
+
+@dataclass(frozen=True)
+class LoraEntry:
+    """Low-rank branch beside every linear layer."""
+
+    rank: Count
+    scale: float
+
+
+@dataclass(frozen=True)
+class QuantizationEntry:
+    """The arithmetic that the library uses, in words that a person can check."""
+
+    form: Name
+    weights: str
+    scale_dtype: str
+    activations: str
+    activation_rule: str
+    embedding: str
+    output: str
+    shared_embedding: bool
+    hadamard_r4: bool
+    lora: LoraEntry | None
+    kv_cache: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """How text becomes token ids. Ids come from here and never from code."""
+
+    file: Name
+    format: Name
+    pattern: Name
+    special_tokens: Mapping[str, NotNegative]
+    bos_id: NotNegative | None
+    stop_ids: tuple[NotNegative, ...]
+    chat_template: Name | None
+
+
+@dataclass(frozen=True)
+class LevelEntry:
+    """One set of kernels and the CPU features that it needs; best first in the manifest."""
+
+    name: Name
+    features: tuple[Name, ...]
+
+
+@dataclass(frozen=True)
+class TargetEntry:
+    """What the library was compiled for; `arch` and `os` as `platform` names them."""
+
+    soc: Name
+    plugin: Name
+    processors: tuple[Name, ...]
+    arch: Name
+    os: Name
+    levels: tuple[LevelEntry, ...]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a model takes; the KV cache and the arena are per session."""
+
+    weights_bytes: NotNegative
+    kv_cache_bytes: NotNegative
+    arena_bytes: NotNegative
+    weight_bytes_per_token: NotNegative
+
+
+@dataclass(frozen=True)
+class FunctionEntry:
+    """One compiled function: it evaluates `num_tokens` tokens in one call."""
+
+    name: Name
+    num_tokens: Count
+
+
+@dataclass(frozen=True)
+class OperationCheck:
+    """Signal to quantization noise of one operation against the reference, in dB."""
+
+    name: str
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared with the reference when the bundle was made."""
+
+    status: Name
+    probe_tokens: NotNegative = 0
+    operations: tuple[OperationCheck, ...] = ()
+    nll: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle; `sample_sha256` for files too large to hash at each load."""
+
+    role: Name
+    bytes: NotNegative
+    sha256: Sha256
+    sample_sha256: Sha256 | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of `manifest.json`. File names are relative, with forward slashes."""
+
+    build_id: Sha256
+    created_with: Mapping[str, str]
+    model: ModelEntry
+    quantization: QuantizationEntry
+    tokenizer: TokenizerEntry
+    target: TargetEntry
+    memory: MemoryPlan
+    functions: tuple[FunctionEntry, ...]
+    files: Mapping[str, FileEntry]
+    verification: Verification
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    abi_version: int = ABI_VERSION
+
+    def file(self, role: str) -> str:
+        """Return the name of the one file of that role ("library", "weights", "tokenizer")."""
+        (name,) = (name for name, entry in self.files.items() if entry.role == role)
+        return name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the manifest as JSON values, the format's own fields first."""
+        values = dataclasses.asdict(self)
+        head = ("format", "format_version", "abi_version")
+        result = {name: values.pop(name) for name in head} | values
+        for entry in result["files"].values():
+            if entry["sample_sha256"] is None:
+                del entry["sample_sha256"]
+        return result
+
+    def to_json(self) -> str:
+        """Return the text of `manifest.json`; `parse_manifest` reads it back unchanged."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read and check `manifest.json` of a bundle folder; the other files are not looked at.
+
+    Raises:
+        BundleMissing: no such folder, or no manifest in it.
+        BundleInvalid: the manifest is damaged or of another format version.
+    """
+    path = bundle / MANIFEST_NAME
+    try:
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise _invalid("manifest.json is larger than 16 MiB")
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleMissing(
+            f"there is no bundle at {bundle}",
+            cause=f"{path} does not exist" if bundle.is_dir() else f"{bundle} is not a folder",
+            fix="give the folder that `llamac compile -o` wrote",
+        ) from error
+    except OSError as error:
+        raise _invalid(f"{path} cannot be read: {error.strerror}") from error
+    return parse_manifest(data)
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Make a checked Manifest from the bytes of `manifest.json`.
+
+    Raises:
+        BundleInvalid: not JSON, of another format version, or a field is wrong.
+    """
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(f"manifest.json is not JSON: {error}") from error
+    _check_version(document)
+    try:
+        manifest = decode(Manifest, document)
+        _check_files(manifest)
+        _check_ids(manifest)
+    except SchemaError as error:
+        raise _invalid(f"manifest.json: {error}") from error
+    return manifest
+
+
+def _check_version(document: object) -> None:
+    """Refuse other formats before looking at fields, whose meaning a version may change."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise _invalid(f'manifest.json does not say "format": "{FORMAT}"')
+    version = document.get("format_version")
+    if version == FORMAT_VERSION and not isinstance(version, bool):
+        return
+    is_newer = isinstance(version, int) and version > FORMAT_VERSION
+    raise BundleInvalid(
+        f"the bundle has format version {version!r:.40}, this runtime reads {FORMAT_VERSION}",
+        cause="bundle and runtime come from different versions of llamac",
+        fix="update llamac on this machine" if is_newer else "compile the model again",
+    )
+
+
+def _check_files(manifest: Manifest) -> None:
+    for name in manifest.files:
+        parts = name.split("/")
+        # Colons and backslashes would make a path leave the folder on Windows.
+        if (
+            PurePosixPath(name).is_absolute()
+            or set(parts) & {"", ".", ".."}
+            or set(name) & set(":\\")
+        ):
+            raise SchemaError(f"files[{name!r}]", "is not a plain path inside the bundle")
+    roles = [entry.role for entry in manifest.files.values()]
+    for role in ("library", "weights", "tokenizer"):
+        if roles.count(role) != 1:
+            raise SchemaError("files", f"has {roles.count(role)} files of role {role!r}, not one")
+    if manifest.files[manifest.file("weights")].sample_sha256 is None:
+        raise SchemaError(f"files[{manifest.file('weights')!r}].sample_sha256", "is missing")
+    if manifest.tokenizer.file != manifest.file("tokenizer"):
+        raise SchemaError("tokenizer.file", "is not the file of role 'tokenizer'")
+
+
+def _check_ids(manifest: Manifest) -> None:
+    tokenizer, vocab_size = manifest.tokenizer, manifest.model.vocab_size
+    named = {f"special_tokens[{name!r}]": i for name, i in tokenizer.special_tokens.items()}
+    named |= {f"stop_ids[{i}]": stop_id for i, stop_id in enumerate(tokenizer.stop_ids)}
+    if tokenizer.bos_id is not None:
+        named["bos_id"] = tokenizer.bos_id
+    for name, token in named.items():
+        if token >= vocab_size:
+            raise SchemaError(
+                f"tokenizer.{name}", f"is {token}, beyond the {vocab_size} tokens of the model"
+            )
+    if not any(function.num_tokens == 1 for function in manifest.functions):
+        raise SchemaError("functions", "has none that evaluates one token")
+
+
+def _invalid(message: str) -> BundleInvalid:
+    return BundleInvalid(
+        message,
+        cause="the bundle was changed, was copied in part, or was not written by llamac",
+        fix="copy the bundle again, or compile it again",
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content, in lower-case hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sample_sha256(path: Path) -> str:
+    """Return the sha256 of a sample of a file, cheap enough to compute at each load.
+
+    The sample is the first MiB, the last MiB, and 64 blocks of 4096 bytes, the i-th at offset
+    i * (bytes // 64) rounded down to a multiple of 4096, in this order. It finds a truncated or
+    exchanged file in milliseconds; it does not find every flipped bit.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        stride = num_bytes // _NUM_SAMPLES
+        spans = [(0, _BLOCK_BYTES), (max(0, num_bytes - _BLOCK_BYTES), _BLOCK_BYTES)]
+        for i in range(_NUM_SAMPLES):
+            spans.append((i * stride // _SAMPLE_BYTES * _SAMPLE_BYTES, _SAMPLE_BYTES))
+        for offset, length in spans:
+            file.seek(offset)
+            digest.update(file.read(length))
+    return digest.hexdigest()
