@@ -1,0 +1,243 @@
+"""int4 group-32 weights x int8 per-token activations: GEMV (decode) and GEMM (prefill).
+
+Per output n and token m, with activation codes x in int8 (scale sx, zero point zp) and weight codes
+w in -8..7 with one scale s per group g of 32 columns:
+
+    y[m, n] = sx * ( sum_g s[n, g] * dot(x[m, g], w[n, g])  -  zp * ksum[n] )
+    ksum[n] = sum_g s[n, g] * sum(w[n, g])                                       (packed, float32)
+
+Weights are stored as unsigned nibbles u = w + 8, so dot(x, w) = dot(x, u) - 8 * sum(x). The second part is
+`offsets[m, g] = -8 * sum(x[m, g])`, made once per token by the quantize kernel: the accumulator starts
+with it, and the hot loop is load, mask, shift, two dot products.
+
+Packed layout, the same for all levels of a processor family (16 rows are a block):
+
+    weights [N/16][K/32][4][16 rows x 4 bytes]: byte j*64 + row*4 + b holds k = 8j + b in its low
+            and k = 8j + 4 + b in its high nibble, so that each half feeds one dot instruction;
+    scales  [N/16][K/32][16] float16 or bfloat16.
+
+Optional: a LoRA branch y += scale * (t @ B.T) with t = A x made by `schedules/lora.py`, and one epilogue:
+`residual` adds a float tensor, `swiglu` takes blocks in (gate, up) pairs and stores silu(gate) * up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx import PrimFunc
+from tvm.tirx.script.builder import ir as T
+
+from llamac.schedules.intrin.isa import Isa
+from llamac.schedules.kernel import KernelBuilder, local
+
+VERSION = 1
+ROWS = 16  # rows of a packed block
+GROUP = 32  # columns per scale
+GROUP_BYTES = ROWS * GROUP // 2
+
+KNOBS: Mapping[str, tuple[int, ...]] = {
+    "mr": (1, 2, 4, 6, 8, 10, 12),  # tokens per tile: float and integer accumulators in registers
+    "unroll": (1, 2, 4),  # groups per iteration of the hot loop
+}
+
+
+@dataclass(frozen=True)
+class QMatmulShape:
+    """y [m, n] = x [m, k] times packed weights [n, k].
+
+    Attributes:
+        m: tokens.
+        n: output columns; for the swiglu epilogue gate and up together.
+        k: input columns, a multiple of 32.
+        scale_dtype: "float16" or "bfloat16".
+        epilogue: "none", "residual" or "swiglu".
+        lora_rank: rank of each LoRA branch, 0 for none.
+        lora_scale: factor of the LoRA branch.
+        lora_splits: output columns of each fused projection, in order; t holds rank values of each.
+    """
+
+    m: int
+    n: int
+    k: int
+    scale_dtype: str = "float16"
+    epilogue: str = "none"
+    lora_rank: int = 0
+    lora_scale: float = 1.0
+    lora_splits: tuple[int, ...] = ()
+
+    @property
+    def blocks(self) -> int:
+        """Packed blocks of 16 rows."""
+        return self.n // ROWS
+
+    @property
+    def work(self) -> int:
+        """Work items: blocks, or pairs of blocks for swiglu."""
+        return self.blocks // 2 if self.epilogue == "swiglu" else self.blocks
+
+    @property
+    def columns(self) -> int:
+        """Columns of the result."""
+        return self.n // 2 if self.epilogue == "swiglu" else self.n
+
+
+def valid(shape: QMatmulShape, isa: Isa, knobs: Mapping[str, int]) -> bool:
+    """Whether the tile fits the registers and divides the shape."""
+    vectors = ROWS // isa.lanes
+    live = 2 * knobs["mr"] * vectors + 3
+    return (
+        live <= isa.registers
+        and (knobs["mr"] <= shape.m or knobs["mr"] == 1)
+        and (shape.k // GROUP) % knobs["unroll"] == 0
+    )
+
+
+def default(shape: QMatmulShape, isa: Isa) -> dict[str, int]:
+    """The largest tile that fits: 8 tokens with 32 registers, 2 with 16 registers, 1 for a GEMV."""
+    mr = min(shape.m, 8 if isa.registers >= 32 else max(1, isa.lanes // 4))
+    return {"mr": mr, "unroll": 1}
+
+
+def make(
+    shape: QMatmulShape, isa: Isa, *, mr: int, unroll: int, name: str | None = None
+) -> PrimFunc:
+    """Build the kernel.
+
+    Arguments of the kernel: codes int8 [m, k], qparams float32 [m, 2] (scale, zero point), offsets int32
+    [m, k/32], weights uint8 [n/16, k/32, 256], scales [n/16, k/32, 16], ksum float32 [n],
+    then t float32 [m, rank * splits] and B bfloat16 [n/16, rank, 16] with a LoRA branch, then residual
+    float32 [m, n], and the output float32 [m, n] or [m, n/2].
+    """
+    with KernelBuilder(name or _name(shape, isa), shape.work) as b:
+        tile = _Tile(b, shape, isa, unroll)
+        with b.items() as item:
+            full = shape.m // mr * mr
+            if full:
+                with T.serial(0, T.int64(full // mr)) as i:
+                    tile.emit(item, i * mr, mr)
+            if full < shape.m:
+                tile.emit(item, T.int64(full), shape.m - full)
+    return b.func
+
+
+def _name(shape: QMatmulShape, isa: Isa) -> str:
+    level = isa.name.replace("-", "_")
+    return f"qmatmul_f32_qai8dx_qsi4c32_{shape.m}x{shape.n}x{shape.k}_{level}"
+
+
+class _Tile:
+    """The tensors of one kernel and the code for a tile of tokens times one work item."""
+
+    def __init__(self, b: KernelBuilder, shape: QMatmulShape, isa: Isa, unroll: int) -> None:
+        groups, scale_bits = (
+            shape.k // GROUP,
+            "uint16" if shape.scale_dtype == "bfloat16" else "float16",
+        )
+        self.shape, self.isa, self.unroll = shape, isa, unroll
+        self.codes = b.input("codes", (shape.m, shape.k), "int8")
+        self.qparams = b.input("qparams", (shape.m, 2), "float32")
+        self.offsets = b.input("offsets", (shape.m, groups), "int32")
+        self.weights = b.input("weights", (shape.blocks, groups, GROUP_BYTES), "uint8")
+        self.scales = b.input("scales", (shape.blocks, groups, ROWS), scale_bits)
+        self.ksum = b.input("ksum", (shape.n,), "float32")
+        if shape.lora_rank:
+            total = shape.lora_rank * len(shape.lora_splits)
+            self.lora_t = b.input("lora_t", (shape.m, total), "float32")
+            self.lora_b = b.input("lora_b", (shape.blocks, shape.lora_rank, ROWS), "uint16")
+        if shape.epilogue == "residual":
+            self.residual = b.input("residual", (shape.m, shape.n), "float32")
+        self.result = b.output("result", (shape.m, shape.columns), "float32")
+
+    def emit(self, item: Any, row0: Any, rows: int) -> None:
+        """Compute `rows` tokens from `row0` for one work item and store them."""
+        isa, lanes = self.isa, self.isa.lanes
+        if self.shape.epilogue == "swiglu":
+            gate = self._block(item * 2, row0, rows, split=0)
+            up = self._block(item * 2 + 1, row0, rows, split=1)
+            values = [isa.silu(gate[i]) * up[i] for i in range(len(gate))]
+        else:
+            values = self._block(item, row0, rows, split=None)
+        vectors = ROWS // lanes
+        for r in range(rows):
+            for v in range(vectors):
+                column = item * ROWS + v * lanes
+                value = values[r * vectors + v]
+                if self.shape.epilogue == "residual":
+                    value = value + isa.load(self.residual, row0 + r, column)
+                isa.store(self.result, value, row0 + r, column)
+
+    def _block(self, block: Any, row0: Any, rows: int, split: int | None) -> list[Any]:
+        """Results of one block of 16 columns for `rows` tokens, as rows x (16 / lanes) vectors."""
+        isa, vectors = self.isa, ROWS // self.isa.lanes
+        acc = local(f"float32x{isa.lanes}", rows * vectors)
+        for i in range(rows * vectors):
+            T.buffer_store(acc, isa.splat(0.0), [i])
+        groups = self.shape.k // GROUP
+        with T.serial(0, T.int64(groups // self.unroll)) as outer:
+            for u in range(self.unroll):
+                self._group(acc, block, outer * self.unroll + u, row0, rows)
+        results = []
+        for r in range(rows):
+            scale = isa.splat(self.qparams[row0 + r, 0])
+            zero = isa.splat(self.qparams[row0 + r, 1])
+            for v in range(vectors):
+                ksum = isa.load(self.ksum, block * ROWS + v * isa.lanes)
+                value = T.Bind(scale * (acc[r * vectors + v] - zero * ksum))
+                if self.shape.lora_rank:
+                    value = self._lora(value, block, row0 + r, v, split)
+                results.append(value)
+        return results
+
+    def _group(self, acc: Any, block: Any, group: Any, row0: Any, rows: int) -> None:
+        """Add one group of 32 columns: eight dot products a row, then scale to float."""
+        isa, lanes, vectors = self.isa, self.isa.lanes, ROWS // self.isa.lanes
+        mask, four = isa.splat(T.uint8(15), 4 * lanes), isa.splat(T.uint8(4), 4 * lanes)
+        for v in range(vectors):
+            sums = [isa.splat(self.offsets[row0 + r, group]) for r in range(rows)]
+            for j in range(4):
+                packed = T.Bind(
+                    isa.load(self.weights, block, group, j * 64 + v * 4 * lanes, lanes=4 * lanes)
+                )
+                low = T.Bind(T.bitwise_and(packed, mask))
+                high = T.Bind(T.bitwise_and(T.shift_right(packed, four), mask))
+                for half, nibbles in enumerate((low, high)):
+                    for r in range(rows):
+                        word = self._word(row0 + r, group * GROUP + j * 8 + half * 4)
+                        sums[r] = T.Bind(isa.dot_u4s8(sums[r], nibbles, isa.splat_bytes(word)))
+            scale = T.Bind(
+                isa.load_scales(self.scales, self.shape.scale_dtype, block, group, v * lanes)
+            )
+            for r in range(rows):
+                i = r * vectors + v
+                T.buffer_store(acc, isa.fma(isa.to_float32(sums[r]), scale, acc[i]), [i])
+
+    def _word(self, row: Any, k: Any) -> Any:
+        """Four activation codes as one int32."""
+        return T.reinterpret("int32", self.codes[row, T.ramp(k, 1, 4)])
+
+    def _lora(self, value: Any, block: Any, row: Any, v: int, split: int | None) -> Any:
+        """Add scale * (t @ B.T): rank products of a scalar of t and a vector of B."""
+        isa, rank = self.isa, self.shape.lora_rank
+        first = split * rank if split is not None else self._split_of(block) * rank
+        branch = isa.splat(0.0)
+        for r in range(rank):
+            weights = self.lora_b[block, r, T.ramp(v * isa.lanes, 1, isa.lanes)]
+            t = isa.splat(self.lora_t[row, first + r])
+            branch = T.Bind(isa.fma(t, isa.bfloat16_to_float32(weights), branch))
+        return T.Bind(isa.fma(branch, isa.splat(float(self.shape.lora_scale)), value))
+
+    def _split_of(self, block: Any) -> Any:
+        """Index of the fused projection that a block belongs to."""
+        return split_of(block, self.shape.lora_splits)
+
+
+def split_of(block: Any, splits: Sequence[int]) -> Any:
+    """Index of the projection that packed block `block` belongs to, for projections of given widths."""
+    index: Any = T.int64(0)
+    end = 0
+    for width in splits[:-1]:
+        end += width // ROWS
+        index = index + T.Cast("int64", block >= end)
+    return index
