@@ -1,0 +1,70 @@
+# Everything a contributor runs. `make` alone prints this list.
+#
+# Without LLAMAC_PYTHON the first target that needs Python makes .venv/ and installs llamac into it.
+# With LLAMAC_PYTHON=/path/to/python that interpreter is used as it is (llamac[compiler,dev] installed).
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+ifdef LLAMAC_PYTHON
+PYTHON := $(shell command -v $(LLAMAC_PYTHON))
+INSTALLED :=
+else
+PYTHON := .venv/bin/python
+INSTALLED := .venv/.installed
+endif
+LLAMAC := $(dir $(PYTHON))llamac
+
+DEMO_MODEL := examples/tiny-llama/spinquant
+DEMO_BUNDLE := bundles/tiny-llama-host
+DEMO_PROMPT := Once upon a time
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.venv/.installed: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[compiler,dev]'
+	touch $@
+
+.PHONY: install
+install: $(INSTALLED) ## Make .venv/ and install llamac into it (the others do this by themselves)
+
+.PHONY: demo
+demo: $(INSTALLED) ## Compile the tiny model for this machine and print text, every step visible
+	$(LLAMAC) compile $(DEMO_MODEL) --target host -o $(DEMO_BUNDLE) --force
+	$(LLAMAC) inspect $(DEMO_BUNDLE)
+	$(LLAMAC) run $(DEMO_BUNDLE) "$(DEMO_PROMPT)" --max-tokens 96 --no-chat
+
+.PHONY: test
+test: $(INSTALLED) ## Run the fast tests
+	$(PYTHON) -m pytest -q -m "not slow"
+
+.PHONY: test-all
+test-all: $(INSTALLED) ## Run all tests, the slow ones too
+	$(PYTHON) -m pytest -q
+
+.PHONY: test-wheel
+test-wheel: wheel ## Run the fast tests against the installed wheel, outside the checkout
+	rm -rf build/test-wheel && mkdir -p build/test-wheel
+	$(PYTHON) -m pip install --quiet --no-deps --target build/test-wheel/site dist/llamac-*.whl
+	cp -r tests examples pyproject.toml build/test-wheel/
+	cd build/test-wheel && PYTHONPATH=site $(abspath $(PYTHON)) -m pytest -q -o pythonpath= -m "not slow"
+
+.PHONY: check
+check: $(INSTALLED) ## Check format, lint and types
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m mypy
+
+.PHONY: wheel
+wheel: $(INSTALLED) ## Build the wheel into dist/
+	rm -rf dist build/lib build/bdist.*
+	$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+.PHONY: clean
+clean: ## Remove what the other targets made
+	rm -rf .venv build dist bundles .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

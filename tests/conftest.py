@@ -1,0 +1,81 @@
+"""Fixtures and rules that all tests share.
+
+Skips: a test that needs a program says so with `@pytest.mark.needs("readelf")`. On a developer's
+machine it is skipped without it; with LLAMAC_REQUIRE_ALL=1, as CI runs, every skip is a failure
+except for kinds that no installation cures, told by how their reason begins: "shared data" (files
+that the repository may not carry), "this CPU" (an instruction set it lacks) and "outside a checkout".
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ALLOWED_SKIPS = ("shared data", "this CPU", "outside a checkout")
+
+
+def shared_data_dir() -> Path | None:
+    """Return the folder of test data beside the checkout, or None."""
+    given = os.environ.get("LLAMAC_SHARED_DATA")
+    folder = Path(given) if given else ROOT.parent / "shared" / "data"
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of shared test data; skips the test without it."""
+    folder = shared_data_dir()
+    if folder is None:
+        pytest.skip("shared data: set LLAMAC_SHARED_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The root of the source checkout; skips when the tests run beside an installed wheel."""
+    if not (ROOT / "src" / "llamac").is_dir():
+        pytest.skip("outside a checkout: the tests run beside an installed wheel")
+    return ROOT
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose programs are missing."""
+    for mark in item.iter_markers("needs"):
+        missing = [command for command in mark.args if shutil.which(command) is None]
+        if missing:
+            pytest.skip(f"missing program: {', '.join(missing)}")
+
+
+def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turn a skip that an installation would cure into a failure."""
+    if not report.skipped or os.environ.get("LLAMAC_REQUIRE_ALL") != "1":
+        return
+    if hasattr(report, "wasxfail"):
+        return
+    reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+    reason = reason.removeprefix("Skipped: ")
+    if not reason.startswith(ALLOWED_SKIPS):
+        report.outcome = "failed"
+        report.longrepr = f"LLAMAC_REQUIRE_ALL=1 forbids this skip: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, pytest.TestReport]:
+    """Apply the rule on skips to tests."""
+    report: pytest.TestReport = yield
+    _forbid_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, pytest.CollectReport]:
+    """Apply the rule on skips to modules that skip as a whole."""
+    report: pytest.CollectReport = yield
+    _forbid_skip(report)
+    return report
