@@ -2,7 +2,7 @@
 
 The dataclasses below *are* the schema: a key of the file is a field of the class, a field without
 default must be there, and a nested class is a table. What a file does not say stays `None`: figures
-are never guessed, and each table says in `source` where its figures come from.
+are never guessed, and `sources` says where those that are there come from.
 
     soc/sm8650.toml ──▶ load_soc("sm8650") ──▶ SoC(clusters=(Cluster, ...), memory=Memory, ...)
 """
@@ -13,12 +13,10 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import cache
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from llamac.runtime.errors import SocInvalid, SocUnknown
 
@@ -62,7 +60,6 @@ class Cluster:
         role: "prime", "big" or "little"; the threads of a model run on prime and big cores.
         features: what user programs may use, in the words of `FEATURES`; a feature that the
             silicon has but phones hide (SVE on several) is left out.
-        source: where the figures come from.
         count: number of cores.
         max_ghz: highest clock, GHz.
         l1d_kib: L1 data cache of one core, KiB.
@@ -73,7 +70,6 @@ class Cluster:
     mcpu: str = field(metadata=_IS_NAME)
     role: str = field(metadata=_choice("prime", "big", "little"))
     features: tuple[str, ...]
-    source: str = field(metadata=_IS_SOURCE)
     count: int | None = None
     max_ghz: float | None = None
     l1d_kib: int | None = None
@@ -99,7 +95,7 @@ class Level:
 class Cache:
     """Caches that all cores share: L3 of the cores, system-level cache of the whole SoC (KiB)."""
 
-    source: str = field(metadata=_IS_SOURCE)
+    sources: tuple[str, ...] = field(metadata=_IS_SOURCE)
     l3_kib: int | None = None
     slc_kib: int | None = None
 
@@ -109,8 +105,13 @@ class Memory:
     """Main memory: its type ("LPDDR5X-9600") and theoretical bandwidth in GB/s (10^9 bytes)."""
 
     type: str
-    source: str = field(metadata=_IS_SOURCE)
+    sources: tuple[str, ...] = field(metadata=_IS_SOURCE)
     bandwidth_gb_s: float | None = None
+
+    @property
+    def is_sourced(self) -> bool:
+        """Whether all of it was read somewhere that `sources` names, nothing from memory."""
+        return all(text.startswith(_SOURCES[0]) for text in self.sources)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ class Hexagon:
     """Qualcomm's compute DSP, which carries HVX and HTP: version "v75", VTCM in MiB."""
 
     version: str = field(metadata=_rule('a version such as "v75"', r"v\d\d"))
-    source: str = field(metadata=_IS_SOURCE)
+    sources: tuple[str, ...] = field(metadata=_IS_SOURCE)
     vtcm_mib: int | None = None
 
 
@@ -128,7 +129,7 @@ class Apu:
 
     Attributes:
         generation: MediaTek's name, "APU 790".
-        source: where the figures come from.
+        sources: where the figures come from.
         neuropilot: major version of the NeuroPilot SDK that compiles for it.
         mdla: version of the deep learning accelerator in it, "5.5".
         mdla_cores: number of those.
@@ -136,7 +137,7 @@ class Apu:
     """
 
     generation: str
-    source: str = field(metadata=_IS_SOURCE)
+    sources: tuple[str, ...] = field(metadata=_IS_SOURCE)
     neuropilot: int | None = None
     mdla: str | None = field(default=None, metadata=_rule('a version such as "5.5"', r"\d\.\d"))
     mdla_cores: int | None = None
@@ -163,6 +164,7 @@ class SoC:
         arch: "x86_64" or "aarch64".
         os: operating systems that bundles are made for.
         processors: in order of preference; a model's operations go to the first that takes them.
+        cpu_sources: where the figures of the clusters come from.
         clusters: CPU cores, fastest first.
         levels: sets of kernels that one library carries, best first; empty: only `features`.
         note: anything a user of this SoC should know.
@@ -174,6 +176,7 @@ class SoC:
     vendor: str
     arch: str = field(metadata=_choice("x86_64", "aarch64"))
     os: tuple[str, ...] = field(metadata=_choice("linux", "android"))
+    cpu_sources: tuple[str, ...] = field(metadata=_IS_SOURCE)
     processors: tuple[Processor, ...]
     clusters: tuple[Cluster, ...]
     levels: tuple[Level, ...] = ()
@@ -281,7 +284,7 @@ def _read_file(path: Path) -> SoC:
         raise _invalid(path, "", "a file name of lower-case letters, digits and -", path.stem)
     if "name" in table:
         raise _invalid(path, "name", "no such key (the file's name is the name)", table["name"])
-    soc = _read_table(SoC, table | {"name": path.stem}, path, "")
+    soc: SoC = _read_table(SoC, table | {"name": path.stem}, path, "")
     _check_whole(soc, path)
     return soc
 
@@ -306,19 +309,18 @@ def _check_whole(soc: SoC, path: Path) -> None:
             raise _invalid(path, name, f"a table, because there is a processor {kind!r}", "none")
 
 
-_Table = TypeVar("_Table")
+_TYPES = {
+    cls: get_type_hints(cls)
+    for cls in (SoC, Processor, Cluster, Level, Cache, Memory, Hexagon, Apu)
+}
+"""The types of each table's keys."""
 
 
-@cache
-def _types(cls: Callable[..., Any]) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
-def _read_table(cls: type[_Table], table: object, path: Path, key: str) -> _Table:
+def _read_table(cls: type[Any], table: object, path: Path, key: str) -> Any:
     """Make a `cls` from a table of the file, checking every key of it."""
     if not isinstance(table, dict):
         raise _invalid(path, key, "a table", table)
-    schema = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    schema, types = {f.name: f for f in fields(cls)}, _TYPES[cls]
     prefix = f"{key}." if key else ""
     for name in table:
         if name not in schema:
@@ -328,9 +330,7 @@ def _read_table(cls: type[_Table], table: object, path: Path, key: str) -> _Tabl
     values = {}
     for name, spec in schema.items():
         if name in table:
-            values[name] = _read_value(
-                _types(cls)[name], table[name], spec.metadata, path, prefix + name
-            )
+            values[name] = _read_value(types[name], table[name], spec.metadata, path, prefix + name)
         elif spec.default is MISSING:
             raise _invalid(path, prefix + name, "a value", "nothing")
     return cls(**values)
@@ -345,11 +345,11 @@ def _read_value(hint: Any, value: object, rule: Any, path: Path, key: str) -> An
             raise _invalid(path, key, "a list", value)
         item = get_args(hint)[0]
         read = [_read_value(item, v, rule, path, f"{key}[{i}]") for i, v in enumerate(value)]
-        if not read and is_dataclass(item):
+        if not read and item in _TYPES:
             raise _invalid(path, key, "at least one entry", "none")
         return tuple(read)
-    if is_dataclass(hint):
-        return _read_table(hint, value, path, key)  # type: ignore[arg-type]
+    if hint in _TYPES:
+        return _read_table(hint, value, path, key)
     if hint is str:
         expected = rule.get("expected", "a text that is not empty")
         if not isinstance(value, str) or not re.fullmatch(rule.get("pattern") or ".+", value):
