@@ -11,9 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import Buffer, PrimFunc
 from tvm.tirx.script.builder import ir as T
+
+from llamac.schedules.intrin.isa import Isa
 
 Knobs = Mapping[str, int]
 
@@ -79,7 +82,9 @@ class KernelBuilder:
 
 def local(dtype: str, count: int = 1) -> Buffer:
     """Allocate `count` local values of a (vector) dtype; constant indices become registers."""
-    return T.alloc_buffer((count,), dtype, scope="local")
+    return T.alloc_buffer(
+        (count,), dtype, scope="local", annotations={"disable_lower_builtin": True}
+    )
 
 
 def store(buffer: Buffer, value: Any, *index: Any) -> None:
@@ -100,3 +105,13 @@ def work_items(func: PrimFunc) -> int:
 def num_outputs(func: PrimFunc) -> int:
     """Number of output tensors of a kernel."""
     return int(func.attrs[OUTPUTS_ATTR])
+
+
+def compile_kernels(functions: Mapping[str, PrimFunc], isa: Isa) -> Any:
+    """Compile kernels for one instruction set into one runtime module.
+
+    TVM's default pipeline would turn `local` buffers into heap allocations (StorageRewrite loses their
+    annotation, and nothing of it is needed for straight kernels), so the plain "tirx" one is used.
+    """
+    module = tvm.IRModule(dict(functions))
+    return tvm.tirx.build(module, target=tvm.target.Target(isa.target), pipeline="tirx")
