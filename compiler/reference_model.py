@@ -1,0 +1,184 @@
+"""A whole model in the reference arithmetic, straight from a checkpoint.
+
+What a compiled library must agree with, and what the quality of a quantization is measured by. It
+is written for being right and for little memory, not for speed: weights are read one at a time
+and widened to float64 in blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llamac.compiler import reference
+from llamac.compiler.checkpoint import Checkpoint
+from llamac.compiler.floats import round_to, widen
+from llamac.compiler.reference import Float64
+
+# Positions whose logits are held at once by `nll`.
+_NLL_CHUNK = 64
+
+
+class KvCache:
+    """Keys and values of one layer as a bundle stores them.
+
+    Args:
+        dtype: "float32", "float16", or "int8" (one scale per position and head).
+
+    Raises:
+        ValueError: another dtype.
+    """
+
+    def __init__(self, dtype: str) -> None:
+        if dtype not in ("float32", "float16", "int8"):
+            raise ValueError(f"a KV cache of {dtype!r} is not one of float32, float16, int8")
+        self.dtype = dtype
+        self._sides: list[list[Float64]] = [[], []]
+
+    def append(self, k: Float64, v: Float64) -> tuple[Float64, Float64]:
+        """Store new rows [T, Hkv, D]; return all keys and values as they read back, [P, Hkv, D]."""
+        for side, rows in zip(self._sides, (k, v), strict=True):
+            side.append(self._stored(rows))
+        keys, values = (np.concatenate(side) for side in self._sides)
+        return keys, values
+
+    def _stored(self, rows: Float64) -> Float64:
+        if self.dtype == "int8":
+            return reference.dequantize_kv(reference.quantize_kv(rows))
+        return round_to(rows, self.dtype).astype(np.float64)
+
+
+class ReferenceModel:
+    """Runs a checkpoint of any form ("spinquant", "qlora", "ptq", "float") in float64.
+
+    Args:
+        checkpoint: the model; its weights are read again for every call.
+        scale_dtype: what the bundle stores group scales as: "float16", "float32", "bfloat16".
+        kv_dtype: what the bundle stores keys and values as: "float16", "float32", "int8".
+        apply_r4: run the online Hadamard transform where the checkpoint asks for it. Without it
+            a SpinQuant model is wrong; tests use this to see that they would notice.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        scale_dtype: str = "float16",
+        kv_dtype: str = "float16",
+        apply_r4: bool = True,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.scale_dtype = scale_dtype
+        self.kv_dtype = kv_dtype
+        self.apply_r4 = apply_r4 and checkpoint.quant.hadamard_r4
+        self._weights = checkpoint.weights
+        self._names = frozenset(self._weights.names())
+
+    def logits(self, tokens: Sequence[int], all_positions: bool = True) -> Float64:
+        """Logits after every token, or after the last one only: [T, V] or [1, V] float64."""
+        hidden = self._hidden(tokens, self._empty_cache(), 0)
+        return self._output(hidden if all_positions else hidden[-1:])
+
+    def nll(self, tokens: Sequence[int]) -> float:
+        """Mean negative log likelihood, in nats, of each token after the first.
+
+        Raises:
+            ValueError: fewer than two tokens.
+        """
+        if len(tokens) < 2:
+            raise ValueError(f"a likelihood needs at least 2 tokens, not {len(tokens)}")
+        hidden = self._hidden(tokens[:-1], self._empty_cache(), 0)
+        total = 0.0
+        for start in range(0, len(hidden), _NLL_CHUNK):
+            logits = self._output(hidden[start : start + _NLL_CHUNK])
+            targets = np.asarray(tokens[start + 1 : start + 1 + len(logits)])
+            logits -= logits.max(-1, keepdims=True)
+            chosen = logits[np.arange(len(logits)), targets]
+            total += float(np.sum(np.log(np.exp(logits).sum(-1)) - chosen))
+        return total / (len(tokens) - 1)
+
+    def greedy(self, prompt: Sequence[int], n: int) -> list[int]:
+        """The `n` tokens that follow `prompt` when the likeliest one is taken each time."""
+        cache = self._empty_cache()
+        generated: list[int] = []
+        pending, position = list(prompt), 0
+        while len(generated) < n:
+            hidden = self._hidden(pending, cache, position)
+            position += len(pending)
+            pending = [int(reference.argmax(self._output(hidden[-1:]))[0])]
+            generated += pending
+        return generated
+
+    def _empty_cache(self) -> list[KvCache]:
+        return [KvCache(self.kv_dtype) for _ in range(self.checkpoint.config.num_layers)]
+
+    def _hidden(self, tokens: Sequence[int], cache: list[KvCache], position: int) -> Float64:
+        """The residual stream after the last layer, [T, dim], for tokens from `position` on."""
+        config = self.checkpoint.config
+        table = reference.rope_table(
+            position + len(tokens), config.head_dim, config.rope_theta, config.rope_scaling
+        )[position:]
+        x = self._embedding(tokens)
+        for layer, layer_cache in enumerate(cache):
+            prefix = f"layers.{layer}"
+            x = x + self._attention(prefix, x, table, layer_cache, position)
+            x = x + self._feed_forward(prefix, x)
+        return x
+
+    def _embedding(self, tokens: Sequence[int]) -> Float64:
+        table = self._weights.read("tok_embeddings.weight")
+        if "tok_embeddings.scales" not in self._names:
+            return reference.embedding_float(tokens, table)
+        return reference.embedding(tokens, table, self._weights.read("tok_embeddings.scales"))
+
+    def _attention(
+        self, prefix: str, x: Float64, table: Float64, cache: KvCache, position: int
+    ) -> Float64:
+        config = self.checkpoint.config
+        normed = self._norm(f"{prefix}.attention_norm", x)
+        q, k, v = (
+            self._linear(f"{prefix}.attention.{name}", normed).reshape(len(x), -1, config.head_dim)
+            for name in ("wq", "wk", "wv")
+        )
+        keys, values = cache.append(reference.rope(k, table), v)
+        mixed = reference.attention(reference.rope(q, table), keys, values, position)
+        return self._linear(f"{prefix}.attention.wo", mixed.reshape(len(x), -1))
+
+    def _feed_forward(self, prefix: str, x: Float64) -> Float64:
+        normed = self._norm(f"{prefix}.ffn_norm", x)
+        gate = self._linear(f"{prefix}.feed_forward.w1", normed)
+        up = self._linear(f"{prefix}.feed_forward.w3", normed)
+        inner = reference.swiglu(gate, up)
+        if self.apply_r4:
+            inner = reference.hadamard(inner)
+        return self._linear(f"{prefix}.feed_forward.w2", inner)
+
+    def _output(self, hidden: Float64) -> Float64:
+        has_output = "output.weight" in self._names
+        return self._linear(
+            "output" if has_output else "tok_embeddings", self._norm("norm", hidden)
+        )
+
+    def _norm(self, name: str, x: Float64) -> Float64:
+        gamma = widen(self._weights.read(f"{name}.weight"))
+        return reference.rms_norm(x, gamma, self.checkpoint.config.norm_eps)
+
+    def _linear(self, name: str, x: Float64) -> Float64:
+        """Apply the linear layer `name`; its scales tell which kind it is."""
+        weight = self._weights.read(f"{name}.weight")
+        if f"{name}.scales" not in self._names:
+            return reference.linear(x, weight)
+        scales = self._weights.read(f"{name}.scales")
+        rule = self.checkpoint.quant.activation_rule
+        if scales.ndim == 1:
+            return reference.qlinear_int8(x, weight, scales, rule=rule)
+        stored = round_to(scales, self.scale_dtype)
+        return reference.qlinear_int4(x, weight, stored, self._lora(name), rule=rule)
+
+    def _lora(self, name: str) -> reference.Lora | None:
+        config = self.checkpoint.quant.lora
+        if config is None or f"{name}.adaptor.A.weight" not in self._names:
+            return None
+        a, b = (self._weights.read(f"{name}.adaptor.{side}.weight") for side in "AB")
+        return reference.Lora(a, b, config.scale)
