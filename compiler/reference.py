@@ -11,15 +11,12 @@ H heads, Hkv key/value heads, D head size, P positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llamac.compiler.floats import widen
-
-if TYPE_CHECKING:
-    from llamac.compiler.config import RopeScaling
 
 Float64 = NDArray[np.float64]
 
@@ -270,37 +267,12 @@ def hadamard(x: ArrayLike) -> Float64:
     return np.asarray(values / np.sqrt(length))
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float64:
-    """Angle per position of every pair, [D/2], with Llama 3's scaling of the slow ones.
-
-    Pairs whose wavelength is short against the original context stay, long ones are divided by
-    `factor`, and those between are blended linearly in (context / wavelength).
-
-    Source: the rule of Llama 3.1's model code; the factor is 32 for Llama 3.2.
-    """
-    frequencies: Float64 = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_context * frequencies / (2 * np.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = np.clip(keep, 0.0, 1.0)
-    return np.asarray(keep * frequencies + (1.0 - keep) * frequencies / scaling.factor)
-
-
-def rope_table(
-    num_positions: int, head_dim: int, theta: float, scaling: RopeScaling | None
-) -> Float64:
-    """(cos, sin) of every position and pair: [P, D/2, 2]."""
-    angles = np.outer(np.arange(num_positions), rope_frequencies(head_dim, theta, scaling))
-    return np.stack([np.cos(angles), np.sin(angles)], axis=-1)
-
-
 def rope(x: ArrayLike, table: ArrayLike) -> Float64:
     """Rotate interleaved pairs (2i, 2i+1).
 
     Args:
         x: [T, H, D].
-        table: [T, D/2, 2], the rows of `rope_table` for these tokens' positions.
+        table: [T, D/2, 2] (cos, sin): rows of `config.rope_table` for the tokens' positions.
 
     Returns:
         [T, H, D] float64.

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llamac.compiler import reference
 from llamac.compiler.checkpoint import Checkpoint
+from llamac.compiler.config import rope_table
 from llamac.compiler.floats import round_to, widen
 from llamac.compiler.reference import Float64
 
@@ -115,10 +117,7 @@ class ReferenceModel:
 
     def _hidden(self, tokens: Sequence[int], cache: list[KvCache], position: int) -> Float64:
         """The residual stream after the last layer, [T, dim], for tokens from `position` on."""
-        config = self.checkpoint.config
-        table = reference.rope_table(
-            position + len(tokens), config.head_dim, config.rope_theta, config.rope_scaling
-        )[position:]
+        table = rope_table(self.checkpoint.config, position + len(tokens))[position:]
         x = self._embedding(tokens)
         for layer, layer_cache in enumerate(cache):
             prefix = f"layers.{layer}"
@@ -133,7 +132,7 @@ class ReferenceModel:
         return reference.embedding(tokens, table, self._weights.read("tok_embeddings.scales"))
 
     def _attention(
-        self, prefix: str, x: Float64, table: Float64, cache: KvCache, position: int
+        self, prefix: str, x: Float64, table: NDArray[np.float32], cache: KvCache, position: int
     ) -> Float64:
         config = self.checkpoint.config
         normed = self._norm(f"{prefix}.attention_norm", x)

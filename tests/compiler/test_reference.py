@@ -13,9 +13,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from llamac.compiler import reference
-from llamac.compiler.config import RopeScaling
 
-LLAMA3_SCALING = RopeScaling(factor=32.0)
 RNG = np.random.default_rng(20240925)
 
 
@@ -273,30 +271,11 @@ def test_hadamard_refuses_other_lengths(length: int) -> None:
         reference.hadamard(np.zeros((1, length)))
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "bands", "first", "last"),
-    [
-        (64, (15, 3, 14), (1, 0.66360124, 0.4403666), (2.13874228e-07, 9.41830673e-08)),
-        (128, (29, 6, 29), (1, 0.81461723, 0.66360124), (1.15616345e-07, 7.67231497e-08)),
-    ],
-)
-def test_rope_frequencies_are_those_of_llama_3_2(
-    head_dim: int, bands: tuple[int, ...], first: tuple[float, ...], last: tuple[float, ...]
-) -> None:
-    plain = reference.rope_frequencies(head_dim, 5e5, None)
-    scaled = reference.rope_frequencies(head_dim, 5e5, LLAMA3_SCALING)
-    kept, divided = np.isclose(scaled, plain, rtol=1e-12), np.isclose(scaled * 32, plain)
-    assert (kept.sum(), (~kept & ~divided).sum(), divided.sum()) == bands
-    np.testing.assert_allclose(scaled[:3], first, rtol=1e-7)
-    np.testing.assert_allclose(scaled[[-3, -1]], last, rtol=1e-8)
-
-
 def test_rope_is_a_complex_rotation_of_interleaved_pairs() -> None:
     x = RNG.standard_normal((5, 3, 16))
-    table = reference.rope_table(40, 16, 5e5, LLAMA3_SCALING)[30:35]
-    frequencies = reference.rope_frequencies(16, 5e5, LLAMA3_SCALING)
-    turn = np.exp(1j * np.arange(30, 35)[:, None] * frequencies)[:, None]
-    rotated = x.view(np.complex128) * turn
+    angles = np.outer(np.arange(30, 35), 5e5 ** (-np.arange(8) / 8))
+    table = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    rotated = x.view(np.complex128) * np.exp(1j * angles)[:, None]
     np.testing.assert_allclose(reference.rope(x, table), rotated.view(np.float64), atol=1e-13)
 
 

@@ -177,7 +177,9 @@ class TorchLlama:
         )
         turns = torch.outer(torch.arange(x.shape[1], dtype=torch.float64), angles)
         pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], 8, 2))
-        rotated = pairs * torch.polar(torch.ones_like(turns), turns)
+        # A bundle stores the table as float32.
+        cos, sin = (side.to(torch.float32).double() for side in (turns.cos(), turns.sin()))
+        rotated = pairs * torch.complex(cos, sin)
         return torch.view_as_real(rotated).reshape(x.shape)
 
     def stored(self, x: torch.Tensor) -> torch.Tensor:
