@@ -150,7 +150,7 @@ class Target(ABC):
         self.soc = soc
 
     def tvm_target(self, level: str = "") -> dict[str, Any]:
-        """Return the dict that `tvm.target.Target` takes; empty: TVM makes no code for it.
+        """Return the dict that `tvm.target.Target` takes. Default: empty, TVM makes no code for it.
 
         Args:
             level: name of one of the SoC's levels, or "" where it has none.

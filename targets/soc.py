@@ -82,12 +82,10 @@ class Level:
 
     Attributes:
         name: as in the manifest, "avx512vnni".
-        mcpu: LLVM's name of the core to schedule for.
         features: all that must be present, in the words of `FEATURES`.
     """
 
     name: str = field(metadata=_IS_NAME)
-    mcpu: str = field(metadata=_IS_NAME)
     features: tuple[str, ...]
 
 
@@ -166,7 +164,7 @@ class SoC:
         processors: in order of preference; a model's operations go to the first that takes them.
         cpu_sources: where the figures of the clusters come from.
         clusters: CPU cores, fastest first.
-        levels: sets of kernels that one library carries, best first; empty: only `features`.
+        levels: sets of kernels that one library carries, best first; empty: one, for `features`.
         note: anything a user of this SoC should know.
     """
 
@@ -203,33 +201,22 @@ class SoC:
         return next((p for p in self.processors if p.kind == kind), None)
 
 
-def cpu_tvm_target(soc: SoC, level: Level | None = None) -> dict[str, Any]:
-    """Describe a SoC's CPU to TVM.
+def cpu_tvm_target(soc: SoC) -> dict[str, Any]:
+    """Describe to TVM what all cores of a SoC's CPU have: the dict that `tvm.target.Target` takes.
 
-    Features are listed one by one, present and absent: the name of a core alone would switch on all
-    that its silicon has, and phones hide some of that (the program would die of SIGILL).
-
-    Args:
-        soc: the SoC.
-        level: one of its levels, or None for what all its cores have.
-
-    Returns:
-        The dict that `tvm.target.Target` takes.
+    Arm features are listed one by one, present and absent: the name of a core alone would switch on
+    all that its silicon has, and phones hide some of that (the program would die of SIGILL).
     """
-    mcpu, features = (level.mcpu, level.features) if level else (soc.clusters[0].mcpu, soc.features)
+    mattr = [f"+{_LLVM_FEATURE.get(name, name)}" for name in soc.features]
     if soc.arch == "aarch64":
-        absent = FEATURES[soc.arch] - set(features)
+        absent = sorted(FEATURES[soc.arch] - set(soc.features))
         # Minus first: LLVM reads from left to right, and "-sve" also drops what builds on it.
-        mattr = [f"-{_LLVM_FEATURE.get(name, name)}" for name in sorted(absent)]
-        keys = ["arm_cpu", "cpu"]
-    else:
-        mattr, keys = [], ["cpu"]
-    mattr += [f"+{_LLVM_FEATURE.get(name, name)}" for name in features]
+        mattr = [f"-{_LLVM_FEATURE.get(name, name)}" for name in absent] + mattr
     target = {
         "kind": "llvm",
-        "keys": keys,
+        "keys": ["arm_cpu", "cpu"] if soc.arch == "aarch64" else ["cpu"],
         "mtriple": f"{soc.arch}-linux-gnu",
-        "mcpu": mcpu,
+        "mcpu": soc.clusters[0].mcpu,
         "mattr": mattr,
     }
     return target if soc.num_cores is None else target | {"num-cores": soc.num_cores}
