@@ -1,0 +1,256 @@
+"""Find a C compiler and link with it: zig from PyPI, or what the system has.
+
+zig is preferred because it is installed by pip, carries the C libraries of many systems and thus
+links for other CPUs and for older glibc versions than the host's. A system compiler links for the
+host only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamac.runtime.errors import BuildFailed, ToolchainMissing
+
+DEFAULT_TARGET = "x86_64-linux-gnu.2.34"
+
+_SYSTEM_COMPILERS = ("cc", "clang", "gcc")
+
+# Lines of a failing tool's output that are worth showing.
+_LAST_LINES = 12
+
+_COMPILE_FLAGS = ("-std=c11", "-O2", "-g0", "-fvisibility=hidden")
+
+# 16 KiB pages: recent Android phones refuse libraries with smaller alignment.
+# Build ids and symbol tables would make equal inputs give different files.
+_LINK_FLAGS = ("-Wl,-z,max-page-size=16384", "-Wl,--build-id=none", "-Wl,-s")
+
+# Both hash styles: bionic before API 23 knows only the old one.
+_SHARED_FLAGS = ("-shared", "-fPIC", "-Wl,--hash-style=both", "-Wl,--no-undefined")
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """A C compiler that was found and answered.
+
+    Attributes:
+        command: how to call it, without arguments.
+        name: "zig", or the name of the system compiler.
+        version: what it says about itself.
+    """
+
+    command: tuple[str, ...]
+    name: str
+    version: str
+
+    @property
+    def is_zig(self) -> bool:
+        """Whether it can link for other systems than the host."""
+        return self.name == "zig"
+
+
+def find_toolchain() -> Toolchain:
+    """Return the zig of this Python environment, else a C compiler on PATH.
+
+    Raises:
+        ToolchainMissing: there is neither, or none of them runs.
+    """
+    if importlib.util.find_spec("ziglang") is not None:
+        zig = (sys.executable, "-m", "ziglang")
+        version = _first_line((*zig, "version"))
+        if version:
+            return Toolchain((*zig, "cc"), "zig", version)
+    for name in _SYSTEM_COMPILERS:
+        path = shutil.which(name)
+        version = _first_line((path, "--version")) if path else ""
+        if path and version:
+            return Toolchain((path,), name, version)
+    raise ToolchainMissing(
+        "no C compiler was found",
+        cause=f"this Python has no ziglang package, and {', '.join(_SYSTEM_COMPILERS)} "
+        "are not on PATH or do not run",
+        fix="pip install ziglang",
+    )
+
+
+def link_shared(  # noqa: PLR0913
+    toolchain: Toolchain,
+    *,
+    sources: Sequence[Path],
+    objects: Sequence[Path],
+    include_dirs: Sequence[Path],
+    out: Path,
+    target: str = DEFAULT_TARGET,
+    soname: str | None = None,
+    cflags: Sequence[str] = (),
+    exports: Sequence[str] = (),
+) -> None:
+    """Compile C files and link them with objects into a shared library.
+
+    The same inputs give the same bytes, wherever they lie. The library needs libc, and libm if it
+    calls it; everything else must be inside.
+
+    Args:
+        toolchain: from `find_toolchain`.
+        sources: C11 files; symbols are hidden unless the source says otherwise.
+        objects: object files for the same target.
+        include_dirs: for the sources.
+        out: the library; written only if everything succeeded.
+        target: zig's name of CPU, system and C library.
+        soname: DT_SONAME, or None for none.
+        cflags: more flags for compiling and linking, after our own.
+        exports: names or `*` patterns of the only symbols to export; empty: as visibility says.
+
+    Raises:
+        BuildFailed: the compiler or linker reported an error.
+        ToolchainMissing: a system compiler was asked to link for another system.
+    """
+    linker_script = out.with_name(out.name + ".exports") if exports else None
+    flags = [*_SHARED_FLAGS]
+    if soname is not None:
+        flags.append(f"-Wl,-soname,{soname}")
+    if linker_script is not None:
+        names = "".join(f" {name};" for name in exports)
+        linker_script.write_text(f"{{ global:{names} local: *; }};\n", encoding="ascii")
+        flags.append(f"-Wl,--version-script={linker_script}")
+    try:
+        arguments = [*flags, *cflags, *_inputs(sources, objects, include_dirs)]
+        _build(toolchain, target, arguments, out)
+    finally:
+        if linker_script is not None:
+            linker_script.unlink()
+
+
+def link_executable(  # noqa: PLR0913
+    toolchain: Toolchain,
+    *,
+    sources: Sequence[Path],
+    objects: Sequence[Path] = (),
+    include_dirs: Sequence[Path] = (),
+    out: Path,
+    target: str = DEFAULT_TARGET,
+    cflags: Sequence[str] = (),
+) -> None:
+    """Compile C files and link them with objects and shared libraries into a program.
+
+    Args:
+        toolchain: from `find_toolchain`.
+        sources: C11 files.
+        objects: object files and shared libraries (with a soname) for the same target.
+        include_dirs: for the sources.
+        out: the program; written only if everything succeeded.
+        target: zig's name of CPU, system and C library.
+        cflags: more flags, for example `-Wl,-rpath,$ORIGIN`.
+
+    Raises:
+        BuildFailed: the compiler or linker reported an error.
+        ToolchainMissing: a system compiler was asked to link for another system.
+    """
+    _build(toolchain, target, [*cflags, *_inputs(sources, objects, include_dirs)], out)
+
+
+def _inputs(
+    sources: Sequence[Path], objects: Sequence[Path], include_dirs: Sequence[Path]
+) -> list[str]:
+    """Arguments that name the inputs and keep their folders out of the output."""
+    folders = dict.fromkeys([*(path.parent for path in sources), *include_dirs])
+    return [
+        *(f"-ffile-prefix-map={folder}=." for folder in folders),
+        *(f"-I{folder}" for folder in include_dirs),
+        *map(str, sources),
+        *map(str, objects),
+    ]
+
+
+def _build(toolchain: Toolchain, target: str, arguments: Sequence[str], out: Path) -> None:
+    """Compile and link in one call, to a name beside `out` that is renamed at the end."""
+    partial = out.with_name(out.name + ".partial")
+    command = [
+        *toolchain.command,
+        *_target_flags(toolchain, target),
+        *_COMPILE_FLAGS,
+        *_LINK_FLAGS,
+        *arguments,
+        "-Wl,--as-needed",
+        "-lm",
+        "-o",
+        str(partial),
+    ]
+    try:
+        _run(toolchain, command, out)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _run(toolchain: Toolchain, command: Sequence[str], out: Path) -> None:
+    """Run the compiler; turn a failure into BuildFailed with the last lines that it wrote."""
+    done = subprocess.run(
+        command,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode != 0:
+        lines = done.stdout.strip().splitlines()[-_LAST_LINES:]
+        raise BuildFailed(
+            f"{toolchain.name} could not build {out.name} (exit status {done.returncode})",
+            cause="\n".join(lines) or "it wrote no message",
+            fix="check that the disk is not full and that `llamac doctor` finds the pinned tools",
+        )
+
+
+def _target_flags(toolchain: Toolchain, target: str) -> tuple[str, ...]:
+    """Flags that select the target; for a system compiler only the host is possible."""
+    if toolchain.is_zig:
+        return ("-target", target)
+    if not _is_host(target):
+        raise ToolchainMissing(
+            f"{toolchain.name} cannot link for {target}",
+            cause="a system compiler links for this machine only",
+            fix="pip install ziglang",
+        )
+    return ("-Wl,-z,text",)  # the default of zig's linker, which does not know the flag
+
+
+def _is_host(target: str) -> bool:
+    """Whether programs for the target run here, the version of its C library aside."""
+    machine, system, libc = target.split(".", maxsplit=1)[0].split("-")
+    host_libc = "gnu" if platform.libc_ver()[0] == "glibc" else "musl"
+    return (machine, system, libc) == (platform.machine(), sys.platform, host_libc)
+
+
+def _environment() -> dict[str, str]:
+    """The environment with zig's caches in our own cache folder.
+
+    By default zig puts some 200 MB of them into the home folder and the working directory.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = str(caches / "llamac" / "zig")
+    return {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache, **os.environ}
+
+
+def _first_line(command: Sequence[str]) -> str:
+    """What the command writes first to standard output; "" if it cannot run or fails."""
+    try:
+        done = subprocess.run(
+            command,
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip().partition("\n")[0]
