@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -318,14 +317,6 @@ def test_an_unknown_kv_dtype_is_refused() -> None:
         model.logits([1])
 
 
-def _shared_data() -> Path:
-    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
-    folder = Path(os.environ.get("LLAMAC_SHARED_DATA", beside))
-    if not (folder / "stories260K" / "stories260K.bin").exists():
-        pytest.skip("no trained test model: set LLAMAC_SHARED_DATA")
-    return folder / "stories260K"
-
-
 def _read_stories(path: Path) -> Checkpoint:
     """Read llama2.c's oldest format: 7 int32, then float32 tensors stacked over the layers."""
     data = path.read_bytes()
@@ -371,8 +362,8 @@ def _pieces(path: Path) -> list[bytes]:
     return pieces
 
 
-def test_a_trained_model_tells_the_story_it_is_known_for() -> None:
-    folder = _shared_data()
+def test_a_trained_model_tells_the_story_it_is_known_for(shared_data: Path) -> None:
+    folder = shared_data / "stories260K"
     model = ReferenceModel(_read_stories(folder / "stories260K.bin"), kv_dtype="float32")
     pieces = _pieces(folder / "tok512.bin")
     generated = model.greedy([1], 60)
