@@ -41,12 +41,12 @@ class Source:
 config = LlamaConfig(2048, 16, 32, 8, 64, 8192, 128256, 1e-5, 5e5, RopeScaling(32.0))
 quant = QuantConfig(form="spinquant", hadamard_r4=True)
 checkpoint = Checkpoint("full", config, quant, Source(), Path("none"))
-start = time.monotonic()
+start = time.process_time()
 logits = ReferenceModel(checkpoint).logits(range(8))
 assert logits.shape == (8, 128256) and np.isfinite(logits).all()
-seconds = time.monotonic() - start
+cpu_seconds = time.process_time() - start
 peak_kib = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)
-print(seconds, peak_kib)
+print(cpu_seconds, peak_kib)
 """
 
 
@@ -56,6 +56,7 @@ def test_a_model_of_full_size_runs_in_little_memory_and_time() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FULL_SIZE], capture_output=True, text=True, check=True
     )
-    seconds, peak_kib = map(float, done.stdout.split())
-    assert seconds < 40
+    cpu_seconds, peak_kib = map(float, done.stdout.split())
+    # Of all threads: elapsed time would depend on what else runs here.
+    assert cpu_seconds < 40
     assert peak_kib * 1024 < 1.2e9
