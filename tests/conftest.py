@@ -3,7 +3,7 @@
 Skips: a test that needs a program says so with `@pytest.mark.needs("readelf")`. On a developer's
 machine it is skipped without it; with LLAMAC_REQUIRE_ALL=1, as CI runs, every skip is a failure
 except for kinds that no installation cures, told by how their reason begins: "shared data" (files
-that the repository may not carry), "this CPU" (an instruction set it lacks) and "outside a checkout".
+that the repository may not carry), "this CPU" (lacks an instruction set), "outside a checkout".
 """
 
 from __future__ import annotations

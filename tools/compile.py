@@ -1,0 +1,142 @@
+"""`llamac compile`: a checkpoint in, a bundle out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llamac.tools.console import (
+    Subparsers,
+    format_bytes,
+    list_of_ints,
+    notice,
+    positive_int,
+    progress_for,
+    write_json,
+)
+
+DEFAULT_CHUNKS = (128, 32, 8)
+
+EPILOG = """\
+examples:
+  llamac compile Llama-3.2-1B-Instruct-SpinQuant_INT4_EO8 --target host -o llama-1b-host
+  llamac compile model.pth --target host -o out --context 4096 --kv-cache int8
+  llamac compile MODEL --target host -o out --dump ir/ --report report.json
+
+MODEL is a folder with params.json, tokenizer.model and a .pth file, as Meta publishes them, or the
+.pth file itself. TARGET is a name from `llamac targets`; `host` is this machine.
+The bundle appears under its name when it is complete and verified, and not before.
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command to the command line."""
+    parser = subparsers.add_parser(
+        "compile",
+        help="compile a checkpoint into a bundle",
+        description="Compile a quantized Llama checkpoint into a bundle for one SoC.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="folder or .pth file")
+    parser.add_argument("--target", metavar="SOC", required=True, help="the SoC to compile for")
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
+    parser.add_argument(
+        "--processors",
+        metavar="LIST",
+        type=_names,
+        default=("cpu",),
+        help="processors of the SoC to use, in order of preference (default: cpu)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a bundle that is there")
+    parser.add_argument("--name", help="name of the model in the manifest (default: MODEL's)")
+    _add_model_options(parser.add_argument_group("model"))
+    _add_check_options(parser.add_argument_group("verification and reports"))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--context",
+        metavar="N",
+        type=positive_int,
+        help="positions in the KV cache (default: 8192, or the model's if that is less)",
+    )
+    group.add_argument(
+        "--chunks",
+        metavar="LIST",
+        type=list_of_ints,
+        default=DEFAULT_CHUNKS,
+        help="lengths of the prefill functions (default: 128,32,8)",
+    )
+    group.add_argument(
+        "--scales",
+        choices=("float16", "bfloat16"),
+        default="float16",
+        help="dtype of the int4 group scales (default: float16, checked for range)",
+    )
+    group.add_argument(
+        "--kv-cache",
+        choices=("float16", "int8"),
+        default="float16",
+        help="dtype of the KV cache (default: float16)",
+    )
+    group.add_argument(
+        "--rope-factor",
+        metavar="F",
+        type=float,
+        help="factor of the llama3 RoPE scaling, where params.json does not say (3.2 has 32)",
+    )
+    group.add_argument("--tokenizer", metavar="FILE", type=Path, help="default: MODEL's own")
+
+
+def _add_check_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="write the bundle without comparing it with the reference (the manifest says so)",
+    )
+    group.add_argument("--verify-text", metavar="FILE", type=Path, help="text to verify with")
+    group.add_argument("--dump", metavar="DIR", type=Path, help="write the IR after every stage")
+    group.add_argument("--report", metavar="FILE", type=Path, help="write times and memory as JSON")
+    group.add_argument(
+        "--threads", metavar="N", type=positive_int, default=2, help="for building (default: 2)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile; print what it took."""
+    from llamac.compiler.pipeline import CompileConfig, compile_bundle  # noqa: PLC0415
+
+    config = CompileConfig(
+        model=args.model,
+        target=args.target,
+        out=args.output,
+        processors=args.processors,
+        context_length=args.context,
+        chunks=args.chunks,
+        scale_dtype=args.scales,
+        kv_dtype=args.kv_cache,
+        rope_factor=args.rope_factor,
+        tokenizer=args.tokenizer,
+        name=args.name,
+        verify=not args.no_verify,
+        verify_text=args.verify_text,
+        dump=args.dump,
+        overwrite=args.force,
+        threads=args.threads,
+    )
+    report = compile_bundle(config, progress_for(args))
+    if not args.quiet:
+        for note in report.notes:
+            notice(f"note: {note}")
+        notice("\n".join(report.lines()))
+        for name, size in report.files.items():
+            notice(f"{args.output / name}: {format_bytes(size)}")
+    if args.report:
+        write_json(report.to_json(), args.report)
+    notice(f"wrote {args.output}")
+    return 0

@@ -1,0 +1,113 @@
+"""`llamac inspect`: what a bundle is, from its manifest."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamac.tools.console import Row, Subparsers, format_bytes, print_json, print_rows
+
+if TYPE_CHECKING:
+    from llamac.runtime.manifest import Manifest
+
+EPILOG = """\
+examples:
+  llamac inspect llama-1b-host
+  llamac inspect llama-1b-host --check              hash every file
+  llamac inspect llama-1b-host --json | jq .memory
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command to the command line."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show what a bundle is",
+        description="Show a bundle's model, arithmetic, target, memory plan, checks and files.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
+    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    parser.add_argument("--check", action="store_true", help="hash every file of the bundle")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the manifest; with --check compare every file with it first."""
+    from llamac.runtime.manifest import read_manifest  # noqa: PLC0415
+
+    manifest = read_manifest(args.bundle)
+    if args.check:
+        from llamac.runtime.checks import verify_files  # noqa: PLC0415
+
+        verify_files(args.bundle, manifest, full=True)
+    document = manifest.to_dict()
+    if args.json:
+        print_json(document)
+        return 0
+    for title, rows in sections(manifest):
+        print_rows(title, rows, plain=args.plain)
+    if args.check:
+        print(f"all {len(manifest.files)} files are as the manifest says")
+    return 0
+
+
+def sections(manifest: Manifest) -> list[tuple[str, list[Row]]]:
+    """Return the whole manifest as titled rows of text."""
+    memory = manifest.memory
+    total = memory.weights_bytes + memory.kv_cache_bytes + memory.arena_bytes
+    document = manifest.to_dict()
+    sizes = {name: format_bytes(size) for name, size in document["memory"].items()}
+    head = ("format", "format_version", "abi_version", "build_id")
+    return [
+        ("bundle", _rows({name: document[name] for name in head} | document["created_with"])),
+        ("model", _rows(document["model"])),
+        ("quantization", _rows(document["quantization"])),
+        ("target", _target_rows(document["target"])),
+        ("memory", [*_rows(sizes), ("all while running", format_bytes(total))]),
+        ("functions", [(f.name, f"{f.num_tokens} tokens a call") for f in manifest.functions]),
+        ("tokenizer", _rows(document["tokenizer"])),
+        ("verification", _verification_rows(manifest)),
+        ("files", [_file_row(name, entry) for name, entry in document["files"].items()]),
+    ]
+
+
+def _rows(values: Mapping[str, Any]) -> list[Row]:
+    return [(name.replace("_", " "), _text(value)) for name, value in values.items()]
+
+
+def _text(value: Any) -> str:
+    """Write a JSON value the way a person would."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name.replace('_', ' ')} {_text(v)}" for name, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(v) for v in value) or "none"
+    return str(value)
+
+
+def _target_rows(target: Mapping[str, Any]) -> list[Row]:
+    rows = _rows({name: value for name, value in target.items() if name != "levels"})
+    for level in target["levels"]:
+        rows.append((f"level {level['name']}", " ".join(level["features"]) or "any CPU"))
+    return rows
+
+
+def _verification_rows(manifest: Manifest) -> list[Row]:
+    check = manifest.verification
+    rows: list[Row] = [("status", check.status), ("probe tokens", str(check.probe_tokens))]
+    if check.operations:
+        worst = min(check.operations, key=lambda operation: operation.sqnr_db)
+        rows.append(("operations compared", str(len(check.operations))))
+        rows.append(("worst operation", f"{worst.name}, SQNR {worst.sqnr_db:.1f} dB"))
+    rows += [(name.replace("_", " "), f"{value:.4f}") for name, value in check.nll.items()]
+    return rows
+
+
+def _file_row(name: str, entry: Mapping[str, Any]) -> Row:
+    return (name, entry["role"], format_bytes(entry["bytes"]), f"sha256 {entry['sha256'][:16]}…")
