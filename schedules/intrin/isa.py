@@ -47,6 +47,11 @@ class Isa:
     features: tuple[str, ...] = ()
     target: dict[str, Any] = {"kind": "llvm"}  # noqa: RUF012 (read only)
 
+    @property
+    def suffix(self) -> str:
+        """The name as it stands at the end of kernel names."""
+        return self.name.replace("-", "_")
+
     # -- moving data -----------------------------------------------------------------------------
 
     def load(self, buffer: tirx.Buffer, *index: Any, lanes: int | None = None) -> Any:
@@ -178,6 +183,12 @@ def lanes_of(value: Any) -> int:
 def pick(value: Any, lanes: Any) -> Any:
     """The named lanes of a vector, as a shorter vector or a scalar."""
     return tirx.Shuffle([value], [T.int32(i) for i in lanes])
+
+
+def float_intrinsic(name: str, lanes: int, *args: Any) -> Any:
+    """Call `llvm.<name>` on float32 scalars or vectors of `lanes`."""
+    suffix = f"v{lanes}f32" if lanes > 1 else "f32"
+    return intrinsic(vector("float32", lanes), f"llvm.{name}.{suffix}", *args)
 
 
 def intrinsic(dtype: str, name: str, *args: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from llamac.schedules.intrin.isa import Isa, intrinsic, lanes_of
+from llamac.schedules.intrin.isa import Isa, float_intrinsic, intrinsic, lanes_of
 
 TRIPLE = "x86_64-unknown-linux-gnu"
 
@@ -28,13 +28,11 @@ class Avx2(Isa):
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c, rounded once."""
-        lanes = lanes_of(a)
-        return intrinsic(f"float32x{lanes}", f"llvm.fma.v{lanes}f32", a, b, c)
+        return float_intrinsic("fma", lanes_of(a), a, b, c)
 
     def rint(self, value: Any) -> Any:
         """Round half to even: vroundps or vrndscaleps."""
-        lanes = lanes_of(value)
-        return intrinsic(f"float32x{lanes}", f"llvm.nearbyint.v{lanes}f32", value)
+        return float_intrinsic("nearbyint", lanes_of(value), value)
 
     def dot_u4s8(self, acc: Any, lhs: Any, rhs: Any) -> Any:
         """Two products below 16 * 128 fit int16, so pmaddubsw does not saturate."""

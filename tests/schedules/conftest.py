@@ -1,0 +1,129 @@
+"""Fixtures of the kernel tests: the instruction sets, and a way to compile and call a kernel."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from numpy.typing import NDArray
+from tvm.tirx import PrimFunc
+from tvm_ffi import structural_equal
+
+from llamac.schedules.intrin.isa import Isa
+from llamac.schedules.intrin.x86 import X86_LEVELS
+from llamac.schedules.kernel import compile_kernels, num_outputs, work_items
+
+CANARY = 0x5A  # every byte of an output before the call
+
+Array = NDArray[Any]
+RunKernel = Callable[..., list[Array]]
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """Features of this CPU in the manifest's words."""
+    with open("/proc/cpuinfo") as file:
+        flags = re.search(r"^flags\s*:(.*)$", file.read(), re.MULTILINE)
+    return (
+        frozenset(flag.replace("_", "") for flag in flags.group(1).split())
+        if flags
+        else frozenset()
+    )
+
+
+@pytest.fixture(params=X86_LEVELS, ids=lambda isa: isa.name)
+def isa(request: pytest.FixtureRequest) -> Isa:
+    """Every x86 level that this CPU can run."""
+    level: Isa = request.param
+    missing = set(level.features) - cpu_features()
+    if missing:
+        pytest.skip(f"this CPU lacks {', '.join(sorted(missing))}")
+    return level
+
+
+@pytest.fixture(params=X86_LEVELS, ids=lambda isa: isa.name)
+def any_isa(request: pytest.FixtureRequest) -> Isa:
+    """Every x86 level, for tests that only compile."""
+    level: Isa = request.param
+    return level
+
+
+def external_symbols(library: Any) -> set[str]:
+    """Functions outside the kernel that its LLVM code declares, without intrinsics."""
+    declared = re.findall(r"^declare\b[^@\n]*@([\w.]+)", library.inspect_source("ll"), re.MULTILINE)
+    return {name for name in declared if not name.startswith("llvm.")}
+
+
+class KernelRunner:
+    """Compiles kernels once per test session and calls them on numpy arrays."""
+
+    def __init__(self) -> None:
+        self._built: dict[tuple[str, str], tuple[PrimFunc, Any]] = {}
+
+    def __call__(
+        self, func: PrimFunc, isa: Isa, *inputs: Array, begin: int = 0, end: int | None = None
+    ) -> list[Array]:
+        """Run items begin .. end (default all) and return the outputs.
+
+        Inputs that the kernel changes in place are changed here too. Outputs are filled with CANARY
+        before the call.
+        """
+        kernel = self._compile(func, isa)
+        outputs = [_empty(buffer) for buffer in output_buffers(func)]
+        tensors = [tvm.runtime.tensor(array) for array in (*inputs, *outputs)]
+        kernel(*tensors, begin, work_items(func) if end is None else end)
+        for array, tensor in zip(inputs, tensors, strict=False):
+            if array.flags.writeable:
+                array[...] = tensor.numpy()
+        return [tensor.numpy() for tensor in tensors[len(inputs) :]]
+
+    def _compile(self, func: PrimFunc, isa: Isa) -> Any:
+        name = str(func.attrs["global_symbol"])
+        known, kernel = self._built.get((name, isa.name), (None, None))
+        if known is None or not structural_equal(known, func):
+            library = compile_kernels({name: func}, isa)
+            # No heap, no libm: a kernel calls only the function that records a wrong argument.
+            assert external_symbols(library) <= {"TVMFFIErrorSetRaisedFromCStrParts"}
+            kernel = library[name]
+            self._built[name, isa.name] = (func, kernel)
+        return kernel
+
+
+def output_buffers(func: PrimFunc) -> list[Any]:
+    """The output tensors of a kernel, in order."""
+    *tensors, _begin, _end = func.params
+    return tensors[len(tensors) - num_outputs(func) :]
+
+
+def _empty(buffer: Any) -> Array:
+    array = np.empty([int(n) for n in buffer.shape], str(buffer.dtype))
+    array.view(np.uint8)[...] = CANARY
+    return array
+
+
+@pytest.fixture(scope="session")
+def run_kernel() -> RunKernel:
+    """`run_kernel(func, isa, *inputs, begin=0, end=None) -> outputs`."""
+    return KernelRunner()
+
+
+@pytest.fixture
+def check_row_ranges(run_kernel: RunKernel) -> Callable[..., None]:
+    """`check_row_ranges(func, isa, *inputs)`: items are rows, and a call writes only its own."""
+
+    def check(func: PrimFunc, isa: Isa, *inputs: Array) -> None:
+        whole = run_kernel(func, isa, *inputs)
+        work = work_items(func)
+        for begin, end in ((0, 0), (0, 1), (1, work - 1), (work - 1, work)):
+            part = run_kernel(func, isa, *inputs, begin=begin, end=end)
+            for expected, got in zip(whole, part, strict=True):
+                np.testing.assert_array_equal(got[begin:end], expected[begin:end])
+                others = np.delete(got, np.s_[begin:end], axis=0)
+                assert (np.ascontiguousarray(others).view(np.uint8) == CANARY).all()
+
+    return check
