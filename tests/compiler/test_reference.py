@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def _xnnpack_row(row: NDArray[np.float32]) -> tuple[list[int], np.float32, int]:
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_the_default_rule_equals_torchao_bit_for_bit(kind: str) -> None:
     x = ACTIVATIONS[kind]
-    got = reference.quantize_per_token(x)
+    got: tuple[NDArray[Any], ...] = reference.quantize_per_token(x)
     for ours, theirs in zip(got, _torchao(torch.from_numpy(x)), strict=True):
         assert ours.dtype == theirs.numpy().dtype
         assert np.array_equal(ours, theirs.numpy())
@@ -135,11 +136,10 @@ def test_zero_comes_back_as_zero(x: NDArray[np.float32]) -> None:
 @settings(deadline=None)
 @given(ROWS)
 def test_rows_are_quantized_independently(x: NDArray[np.float32]) -> None:
-    whole = reference.quantize_per_token(x)
+    whole: tuple[NDArray[Any], ...] = reference.quantize_per_token(x)
     for row in range(len(x)):
-        for part, all_rows in zip(
-            reference.quantize_per_token(x[row : row + 1]), whole, strict=True
-        ):
+        alone: tuple[NDArray[Any], ...] = reference.quantize_per_token(x[row : row + 1])
+        for part, all_rows in zip(alone, whole, strict=True):
             assert np.array_equal(part[0], all_rows[row])
 
 
