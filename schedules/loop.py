@@ -10,13 +10,13 @@ from tvm.tirx.script.builder import ir as T
 
 
 def loop(stop: Any, start: Any = 0) -> Any:
-    """Loop from `start` up to `stop` with an int64 index: `with loop(n) as i`."""
+    """Loop from `start` up to `stop` with an int64 index."""
     return T.serial(_int64(start), _int64(stop))
 
 
 @contextmanager
 def when(condition: Any) -> Iterator[None]:
-    """Run the body only if a scalar condition holds: `with when(i < n)`."""
+    """Run the body only if a scalar condition holds."""
     with T.If(condition), T.Then():
         yield
 

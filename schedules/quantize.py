@@ -20,7 +20,7 @@ from typing import Any
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from llamac.schedules.intrin.isa import Isa
+from llamac.schedules.intrin.isa import Isa, lanes_of, vector
 from llamac.schedules.kernel import KernelBuilder, local, store
 from llamac.schedules.loop import loop
 
@@ -76,9 +76,10 @@ def row_params(isa: Isa, low: Any, high: Any) -> tuple[Any, Any, Any]:
 
 def code_lanes(isa: Isa, value: Any, inverse: Any, zero: Any) -> Any:
     """int32 lanes with the codes of a vector of values; `inverse` and `zero` are splats."""
+    lanes = lanes_of(value)
     rounded = isa.rint(T.Bind(value * inverse)) + zero
-    clipped = T.max(T.min(rounded, isa.splat(127.0)), isa.splat(-128.0))
-    return T.Bind(T.Cast(f"int32x{isa.lanes}", clipped))
+    clipped = T.max(T.min(rounded, isa.splat(127.0, lanes)), isa.splat(-128.0, lanes))
+    return T.Bind(T.Cast(vector("int32", lanes), clipped))
 
 
 class QuantizedOutputs:

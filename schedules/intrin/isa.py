@@ -82,6 +82,10 @@ class Isa:
         """Convert int32, float16 or int8 lanes to float32."""
         return T.Cast(vector("float32", lanes or self.lanes), value)
 
+    def to_float16(self, value: Any) -> Any:
+        """Convert float32 lanes to float16, rounding half to even."""
+        return T.Cast(vector("float16", lanes_of(value)), value)
+
     def bfloat16_to_float32(self, bits: Any, lanes: int | None = None) -> Any:
         """Widen bfloat16 bits held as uint16."""
         count = lanes or self.lanes
@@ -174,9 +178,14 @@ def vector(dtype: str, lanes: int) -> str:
     return f"{dtype}x{lanes}" if lanes > 1 else dtype
 
 
+def dtype_of(value: Any) -> str:
+    """Type of an expression, such as "float32x16"."""
+    return str(value.ty.dtype if hasattr(value.ty, "dtype") else value.ty)
+
+
 def lanes_of(value: Any) -> int:
     """Lanes of an expression."""
-    dtype = str(value.ty.dtype if hasattr(value.ty, "dtype") else value.ty)
+    dtype = dtype_of(value)
     return int(dtype.rpartition("x")[2]) if "x" in dtype else 1
 
 

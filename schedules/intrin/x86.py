@@ -6,16 +6,79 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from llamac.schedules.intrin.isa import Isa, float_intrinsic, intrinsic, lanes_of
+from llamac.schedules.intrin.isa import (
+    Isa,
+    dtype_of,
+    float_intrinsic,
+    intrinsic,
+    lanes_of,
+    vector,
+)
 
 TRIPLE = "x86_64-unknown-linux-gnu"
 
 
 class X86Portable(Isa):
-    """Any x86-64 (SSE2): plain TIR, so that a bundle is right everywhere."""
+    """Any x86-64 (SSE2): plain TIR, so that a bundle is right everywhere.
+
+    Without F16C a cast to or from float16 would call a function of the compiler's library, so both are
+    done on the bits.
+    """
 
     name = "x86-64"
     target = {"kind": "llvm", "mtriple": TRIPLE, "mcpu": "x86-64"}  # noqa: RUF012
+
+    def to_float32(self, value: Any, lanes: int | None = None) -> Any:
+        """Widen float16 by moving its fields and scaling by 2^112; exact, also for subnormals."""
+        if not dtype_of(value).startswith("float16"):
+            return super().to_float32(value, lanes)
+        bits = _Bits(lanes_of(value))
+        half = T.Bind(T.Cast(bits.integer, T.reinterpret(bits.short, value)))
+        magnitude = T.Bind(T.shift_left(T.bitwise_and(half, bits.word(0x7FFF)), bits.word(13)))
+        scaled = T.reinterpret(
+            bits.integer, bits.as_float(magnitude) * self.splat(2.0**112, bits.lanes)
+        )
+        special = T.bitwise_or(magnitude, bits.word(0x7F800000))
+        wide = T.Select(magnitude >= bits.word(0x7C00 << 13), special, scaled)
+        sign = T.shift_left(T.bitwise_and(half, bits.word(0x8000)), bits.word(16))
+        return T.Bind(bits.as_float(T.bitwise_or(wide, sign)))
+
+    def to_float16(self, value: Any) -> Any:
+        """Narrow float32 to float16, half to even, with subnormals, infinities and NaN."""
+        bits = _Bits(lanes_of(value))
+        word = T.Bind(T.reinterpret(bits.integer, value))
+        magnitude = T.Bind(T.bitwise_and(word, bits.word(0x7FFFFFFF)))
+        # Adding 0.5 puts the last bit of a float16 subnormal at the last bit of the float32.
+        small = bits.as_float(magnitude) + self.splat(0.5, bits.lanes)
+        small = T.reinterpret(bits.integer, small) - bits.word(0x3F000000)
+        # Move the exponent by 112, add half of what is cut off, less one for an even neighbour.
+        odd = T.bitwise_and(T.shift_right(magnitude, bits.word(13)), bits.word(1))
+        normal = magnitude - bits.word(112 << 23) + bits.word(0xFFF) + odd
+        half = T.Select(
+            magnitude < bits.word(113 << 23), small, T.shift_right(normal, bits.word(13))
+        )
+        special = T.Select(magnitude > bits.word(0x7F800000), bits.word(0x7E00), bits.word(0x7C00))
+        half = T.Select(magnitude >= bits.word(143 << 23), special, half)
+        sign = T.bitwise_and(T.shift_right(word, bits.word(16)), bits.word(0x8000))
+        short = T.Bind(T.Cast(bits.short, T.bitwise_or(half, sign)))
+        return T.reinterpret(vector("float16", bits.lanes), short)
+
+
+class _Bits:
+    """Names and constants for work on the bits of `lanes` floats."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        self.integer = vector("int32", lanes)
+        self.short = vector("uint16", lanes)
+
+    def word(self, value: int) -> Any:
+        """An int32 constant in all lanes."""
+        return T.broadcast(T.int32(value), self.lanes) if self.lanes > 1 else T.int32(value)
+
+    def as_float(self, value: Any) -> Any:
+        """The float32 with these bits."""
+        return T.reinterpret(vector("float32", self.lanes), value)
 
 
 class Avx2(Isa):
