@@ -1,0 +1,60 @@
+"""Kernel families by name, and one kernel as (family, shape): what selection chooses, lowering builds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from tvm.tirx import PrimFunc
+
+from llamac.schedules import (
+    attention,
+    embedding,
+    hadamard,
+    lora,
+    matmul,
+    norm,
+    qmatmul,
+    qmatmul_int8,
+    quantize,
+    rope,
+    sampling,
+    select,
+)
+from llamac.schedules.intrin.isa import Isa
+
+FAMILIES: dict[str, ModuleType] = {
+    "attention": attention,
+    "embedding": embedding,
+    "hadamard": hadamard,
+    "lora": lora,
+    "matmul": matmul,
+    "norm": norm,
+    "qmatmul": qmatmul,
+    "qmatmul_int8": qmatmul_int8,
+    "quantize": quantize,
+    "rope": rope,
+    "sampling": sampling,
+    "select": select,
+}
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel: `shape` is an instance of the family's shape class."""
+
+    name: str
+    family: str
+    shape: Any
+
+    def make(self, isa: Isa, name: str | None = None) -> PrimFunc:
+        """Build the kernel for an instruction set, with the family's default knobs."""
+        family = FAMILIES[self.family]
+        knobs = family.default(self.shape, isa)
+        return family.make(self.shape, isa, **knobs, name=name or self.name)
+
+    def shape_fields(self) -> dict[str, Any]:
+        """The shape as plain data."""
+        return dataclasses.asdict(self.shape)

@@ -1,0 +1,157 @@
+"""Layouts of weights.bin: checkpoint tensors to what the kernels read, in pieces of bounded size.
+
+Rows of linear layers are packed in blocks of 16 (see `schedules/qmatmul.py`). A layout function takes rows
+[n, ...] with n a multiple of 16 and returns the packed array; `pack_tensor` feeds it row blocks, so that the
+memory in use is that of a few thousand rows whatever the tensor's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamac.schedules.qmatmul import GROUP, ROWS
+from llamac.targets.base import WeightReader
+from llamac.targets.program import Pack
+
+Array = NDArray[Any]
+PIECE_BYTES = 16 << 20
+
+
+def int4_codes(codes: Array) -> Array:
+    """int8 [n, k] in -8..7 -> uint8 [n/16, k/32, 256]; nibble order as in schedules/qmatmul.py."""
+    n, k = codes.shape
+    words = np.ascontiguousarray(codes).view(np.uint32).reshape(n // ROWS, ROWS, k // GROUP, 4, 2)
+    words = (words & 0x0F0F0F0F) ^ 0x08080808  # two's complement nibble -> value + 8
+    packed = (words[..., 0] | (words[..., 1] << 4)).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(packed).view(np.uint8).reshape(n // ROWS, k // GROUP, 256)
+
+
+def block_columns(rows: Array) -> Array:
+    """[n, c] -> [n/16, c, 16]: one column of a block is contiguous."""
+    n, columns = rows.shape
+    return np.ascontiguousarray(rows.reshape(n // ROWS, ROWS, columns).transpose(0, 2, 1))
+
+
+def int8_codes(codes: Array) -> Array:
+    """int8 [n, k] -> int8 [n/16, k/4, 64]: four columns of each of 16 rows."""
+    n, k = codes.shape
+    words = np.ascontiguousarray(codes).view(np.uint32)
+    return block_columns(words).view(np.int8).reshape(n // ROWS, k // 4, 4 * ROWS)
+
+
+def to_scale_dtype(scales: Array, dtype: str) -> Array:
+    """float32 -> float16, or the bits of bfloat16 (round half to even)."""
+    return scales.astype(np.float16) if dtype == "float16" else to_bfloat16(scales)
+
+
+def to_bfloat16(values: Array) -> Array:
+    """float -> bits of bfloat16 in uint16, rounded half to even; bits pass through."""
+    if values.dtype == np.uint16:
+        return values
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def scale_values(stored: Array) -> Array:
+    """What a kernel reads from stored scales, as float64."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return stored.astype(np.float64)
+
+
+def int4_ksum(codes: Array, scales: Array) -> Array:
+    """float32 [n]: sum over groups of the (rounded) scale times the sum of the group's codes."""
+    n, k = codes.shape
+    sums = codes.reshape(n, k // GROUP, GROUP).sum(axis=2, dtype=np.int32)
+    return (sums * scale_values(scales)).sum(axis=1).astype(np.float32)
+
+
+def rope_rows(table: Array) -> Array:
+    """float32 [p, d/2, 2] -> [p, 2, d]: cosines twice each, and sines with alternating sign."""
+    cos, sin = np.repeat(table[:, :, 0], 2, axis=1), np.repeat(table[:, :, 1], 2, axis=1)
+    sin = sin * np.tile(np.array([-1, 1], np.float32), table.shape[1])
+    return np.stack([cos, sin], axis=1).astype(np.float32)
+
+
+class Packer:
+    """Makes packed tensors from a checkpoint.
+
+    Args:
+        weights: the checkpoint's tensors.
+        scale_dtype: "float16" or "bfloat16".
+        check_scales: called with (name, scales) before they are rounded; raises when they do not fit.
+    """
+
+    def __init__(
+        self,
+        weights: WeightReader,
+        scale_dtype: str,
+        check_scales: Callable[[str, Array], None] | None = None,
+    ) -> None:
+        self._weights, self._scale_dtype, self._check = weights, scale_dtype, check_scales
+        self._layouts: dict[str, Callable[[dict[str, Array]], Array]] = {
+            "int4.codes": lambda w: int4_codes(w["weight"]),
+            "int4.scales": lambda w: block_columns(to_scale_dtype(w["scales"], scale_dtype)),
+            "int4.ksum": lambda w: int4_ksum(w["weight"], to_scale_dtype(w["scales"], scale_dtype)),
+            "int8.codes": lambda w: int8_codes(w["weight"]),
+            "int8.wsum": lambda w: w["weight"].sum(axis=1, dtype=np.int32),
+            "int8.scales": lambda w: w["scales"].astype(np.float32),
+            "int8.rows": lambda w: w["weight"],
+            "bf16.blocks": lambda w: block_columns(to_bfloat16(w["weight"])),
+            "bf16.rows": lambda w: to_bfloat16(w["weight"]),
+            "lora.a": lambda w: to_bfloat16(w["adaptor.A.weight"]),
+            "lora.b": lambda w: block_columns(to_bfloat16(w["adaptor.B.weight"])),
+            "float32": lambda w: w["weight"].astype(np.float32),
+            "rope": lambda w: rope_rows(w["table"]),
+        }
+
+    def pack(self, pack: Pack) -> Iterator[Array]:
+        """Yield the tensor in consecutive pieces whose bytes together are the tensor's."""
+        convert = self._layouts[pack.layout]
+        for rows in self._row_blocks(pack):
+            yield convert(rows)
+
+    def _row_blocks(self, pack: Pack) -> Iterator[dict[str, Array]]:
+        """Matching row blocks of all parts (codes, scales, ...) of the sources, in packed order."""
+        sources = [self._parts(name, pack.layout) for name in pack.sources]
+        if not pack.interleave:
+            for parts in sources:
+                yield from _slices(parts)
+            return
+        for blocks in zip(*(_slices(parts) for parts in sources), strict=True):
+            yield {part: _interleave([block[part] for block in blocks]) for part in blocks[0]}
+
+    def _parts(self, name: str, layout: str) -> dict[str, Array]:
+        """The tensors of one linear layer that a layout needs."""
+        needed = {
+            "int4.scales": ("scales",),
+            "int4.ksum": ("weight", "scales"),
+            "int8.scales": ("scales",),
+            "lora.a": ("adaptor.A.weight",),
+            "rope": ("table",),
+            "lora.b": ("adaptor.B.weight",),
+        }.get(layout, ("weight",))
+        parts = {part: self._weights.read(f"{name}.{part}") for part in needed}
+        if layout == "int4.scales" and self._scale_dtype == "float16" and self._check:
+            self._check(f"{name}.scales", parts["scales"])
+        return parts
+
+
+def _slices(parts: dict[str, Array]) -> Iterator[dict[str, Array]]:
+    """Cut all parts into the same row blocks of at most about PIECE_BYTES."""
+    n = len(next(iter(parts.values())))
+    row_bytes = sum(array.nbytes // n for array in parts.values())
+    step = max(ROWS, PIECE_BYTES // max(1, row_bytes) // ROWS * ROWS)
+    for start in range(0, n, step):
+        yield {name: array[start : start + step] for name, array in parts.items()}
+
+
+def _interleave(arrays: Sequence[Array]) -> Array:
+    """Alternate blocks of 16 rows of arrays of equal shape."""
+    shape = arrays[0].shape
+    blocks = [a.reshape(shape[0] // ROWS, 1, ROWS, *shape[1:]) for a in arrays]
+    return np.concatenate(blocks, axis=1).reshape(len(arrays) * shape[0], *shape[1:])
