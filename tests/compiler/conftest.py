@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+
+from llamac.compiler.checkpoint import Checkpoint
+from llamac.compiler.frontends.meta import from_meta
+from llamac.runtime.errors import LlamacError
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +29,52 @@ def meta_layout() -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def write_meta(meta_layout: ModuleType, tmp_path: Path) -> Callable[..., Path]:
+    """Write a checkpoint in a folder named "model": write_meta(form, change=None, **options)."""
+
+    def write(form: str, change: Any = None, **options: Any) -> Path:
+        folder: Path = meta_layout.write_checkpoint(
+            tmp_path / "model", form, change=change, **options
+        )
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def read_all() -> Callable[[Checkpoint], dict[str, np.ndarray]]:
+    """Read every tensor of a checkpoint."""
+    return lambda checkpoint: {n: checkpoint.weights.read(n) for n in checkpoint.weights.names()}
+
+
+@pytest.fixture(scope="session")
+def check_advice() -> Callable[[LlamacError], None]:
+    """Check that an error says what, why and what to do, in printable text of sane length."""
+
+    def check(error: LlamacError) -> None:
+        for text in (error.message, error.cause, error.fix):
+            assert text.strip()
+            text.encode("utf-8")
+            assert "Traceback" not in text
+            assert len(text) < 1000
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def refused(
+    check_advice: Callable[[LlamacError], None], read_all: Callable[[Checkpoint], object]
+) -> Callable[..., LlamacError]:
+    """Check that a path is refused: refused(kind, match, path, **options of from_meta)."""
+
+    def check(kind: type[LlamacError], match: str, path: Path, **options: Any) -> LlamacError:
+        with pytest.raises(kind, match=match) as caught:
+            read_all(from_meta(path, **options))
+        assert type(caught.value) is kind
+        check_advice(caught.value)
+        return caught.value
+
+    return check

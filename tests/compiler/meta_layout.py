@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,33 @@ def make_tensors(
     return tensors
 
 
+Change = Callable[[Tensors, Params], object]
+
+
+def set_params(**fields: Any) -> Change:
+    """Set fields of params.json; None removes one; "a__b" is field b of section a."""
+
+    def change(tensors: Tensors, params: Params) -> None:
+        for name, value in fields.items():
+            *sections, field = name.split("__")
+            target = params[sections[0]] if sections else params
+            if value is None:
+                del target[field]
+            else:
+                target[field] = value
+
+    return change
+
+
+def set_tensor(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    """Replace one tensor by what `make` makes of it."""
+
+    def change(tensors: Tensors, params: Params) -> None:
+        tensors[name] = make(tensors[name])
+
+    return change
+
+
 def write_tokenizer(path: Path, num_ranks: int) -> None:
     """A tokenizer in tiktoken form whose tokens mean nothing."""
     tokens = (str(rank).encode() for rank in range(num_ranks))
@@ -121,7 +149,7 @@ def write_checkpoint(
     form: str,
     *,
     config: LlamaConfig = TINY,
-    change: Callable[[Tensors, Params], object] | None = None,
+    change: Change | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
     """Write a checkpoint; `change` may spoil its tensors and parameters before that."""
@@ -133,3 +161,12 @@ def write_checkpoint(
     (folder / "params.json").write_text(json.dumps(params))
     write_tokenizer(folder / "tokenizer.model", config.vocab_size)
     return folder
+
+
+def replace_pickle(path: Path, data: bytes) -> None:
+    """Write a torch archive whose pickle is `data`."""
+    with zipfile.ZipFile(path) as old:
+        records = {entry.filename: old.read(entry) for entry in old.infolist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, content in records.items():
+            new.writestr(name, data if name.endswith("/data.pkl") else content)
