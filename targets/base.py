@@ -11,7 +11,7 @@ listing and checking targets stays fast.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tvm.ir import IRModule
     from tvm.ir.transform import Pass
 
+    from llamac.targets.cpu.kernels import KernelSpec
+    from llamac.targets.program import Pack, Program
     from llamac.targets.soc import SoC
 
 API_VERSION = 1
@@ -75,30 +77,33 @@ class LowerOptions:
         chunks: prefill lengths, largest first.
         scale_dtype: "float16" or "bfloat16", of the int4 group scales.
         kv_dtype: "float16" or "int8".
+        check_scales: called with (name, scales) before they are rounded; raises if they do not fit.
     """
 
     context_length: int
     chunks: tuple[int, ...]
     scale_dtype: str
     kv_dtype: str
+    check_scales: Callable[[str, NDArray[Any]], None] | None = None
 
 
 @dataclass(frozen=True)
-class PackedTensor:
-    """A tensor of weights.bin, and how to make it from the checkpoint.
+class Identity:
+    """What a built library says of itself: model name, build id (64 hex digits), limits."""
 
-    Attributes:
-        name: unique in the bundle.
-        shape: as the kernel sees it.
-        dtype: as the kernel sees it.
-        pack: yields the tensor in consecutive pieces, so that none is ever whole in memory twice;
-            the pieces' bytes together are the tensor's.
-    """
+    model_name: str
+    build_id: str
+    vocab_size: int
+    context_length: int
+    max_chunk: int
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    pack: Callable[[WeightReader], Iterator[NDArray[Any]]]
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that a target wrote: its path inside the bundle, and its role in the manifest."""
+
+    path: Path
+    role: str
 
 
 @dataclass(frozen=True)
@@ -106,13 +111,15 @@ class Lowered:
     """What `lower` makes.
 
     Attributes:
-        module: calls of kernels, and the kernels.
-        packed: the weights those kernels read.
+        module: functions that only call kernels, with the kernels.
+        program: the same as data: tensors at fixed places, and steps.
+        kernels: how to build each kernel again, for other feature levels.
         notes: what the user should know (printed, and written to the manifest).
     """
 
     module: IRModule
-    packed: Sequence[PackedTensor]
+    program: Program
+    kernels: Mapping[str, KernelSpec]
     notes: tuple[str, ...] = ()
 
 
@@ -181,8 +188,20 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def build(self, lowered: Lowered, out: Path, progress: Progress) -> Sequence[Path]:
-        """Write the target's files under `out`; return them in the order of loading.
+    def pack(
+        self, pack: Pack, weights: WeightReader, options: LowerOptions
+    ) -> Iterator[NDArray[Any]]:
+        """Yield a tensor of weights.bin in consecutive pieces of bounded size.
+
+        Raises:
+            ValuesInvalid: values that the layout cannot hold.
+        """
+
+    @abstractmethod
+    def build(
+        self, lowered: Lowered, identity: Identity, out: Path, progress: Progress
+    ) -> Sequence[Artifact]:
+        """Write the target's files under `out` (and nothing else but `out/build`).
 
         Raises:
             ToolchainMissing: a tool is not there (`check` says which).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from llamac.targets.base import Identity
 from llamac.targets.program import SPACES, Program, ProgramTensor
 
 # DLPack's dtype codes; bfloat16 travels as its uint16 bits.
@@ -29,17 +30,6 @@ class Level:
     def suffix(self) -> str:
         """What the kernels' names end with."""
         return "__" + self.name.replace("-", "_")
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What the library says of itself."""
-
-    model_name: str
-    build_id: str
-    vocab_size: int
-    context_length: int
-    max_chunk: int
 
 
 def entry_source(

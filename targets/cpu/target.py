@@ -1,0 +1,117 @@
+"""The part of a CPU plug-in that is the same for every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llamac.targets.base import (
+    Artifact,
+    Identity,
+    Lowered,
+    LowerOptions,
+    Missing,
+    Progress,
+    Target,
+    WeightReader,
+)
+from llamac.targets.program import Pack
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from tvm.ir import IRModule
+
+    from llamac.schedules.intrin.isa import Isa
+
+LIBRARY = Path("lib/libmodel.so")
+RUNTIME_SOURCES = Path(__file__).parents[2] / "runtime" / "c"
+
+
+class CpuTarget(Target):
+    """A CPU: our kernels, one object per feature level, and the C support library.
+
+    A subclass names its levels and the words in which its C sources know features and the system.
+    """
+
+    processor: ClassVar[str] = "cpu"
+    scale_dtypes: ClassVar[tuple[str, ...]] = ("float16", "bfloat16")
+    kv_dtypes: ClassVar[tuple[str, ...]] = ("float16", "int8")
+    feature_prefix: ClassVar[str]
+    zig_target: ClassVar[str]
+
+    def isas(self) -> Sequence[Isa]:
+        """Instruction sets of the levels of this SoC, best first."""
+        raise NotImplementedError
+
+    def check(self) -> Sequence[Missing]:
+        """A C compiler that can link for the target."""
+        from llamac.runtime.errors import ToolchainMissing  # noqa: PLC0415
+        from llamac.targets.toolchain import find_toolchain  # noqa: PLC0415
+
+        try:
+            find_toolchain()
+        except ToolchainMissing as error:
+            return (Missing(what=error.message, why=error.cause, fix=error.fix),)
+        return ()
+
+    def lower(self, mod: IRModule, options: LowerOptions) -> Lowered:
+        """Choose kernels, and plan the places of all tensors."""
+        from llamac.targets.cpu.plan import plan_program  # noqa: PLC0415
+        from llamac.targets.cpu.selection import select_kernels  # noqa: PLC0415
+
+        selection = select_kernels(mod, options.scale_dtype, self.isas()[0])
+        program = plan_program(selection)
+        return Lowered(selection.module, program, kernels=selection.kernels)
+
+    def pack(
+        self, pack: Pack, weights: WeightReader, options: LowerOptions
+    ) -> Iterator[NDArray[Any]]:
+        """Yield the pieces of a packed tensor."""
+        from llamac.targets.cpu.packing import Packer  # noqa: PLC0415
+
+        return Packer(weights, options.scale_dtype, options.check_scales).pack(pack)
+
+    def build(
+        self, lowered: Lowered, identity: Identity, out: Path, progress: Progress
+    ) -> Sequence[Artifact]:
+        """Compile all kernels for all levels, and link them with the entry file."""
+        from llamac.targets.cpu.entry import Level, entry_source  # noqa: PLC0415
+        from llamac.targets.toolchain import find_toolchain, link_shared  # noqa: PLC0415
+
+        toolchain = find_toolchain()
+        work = out / "build"
+        work.mkdir(parents=True)
+        levels = [Level(isa.name, isa.features) for isa in self.isas()]
+        objects = []
+        for done, (isa, level) in enumerate(zip(self.isas(), levels, strict=True)):
+            progress(f"kernels for {isa.name}", done, len(levels) + 1)
+            objects.append(work / f"kernels{level.suffix}.o")
+            self._compile(lowered, isa, level.suffix, objects[-1])
+        entry = work / "entry.c"
+        source = entry_source(lowered.program, identity, levels, self.feature_prefix)
+        entry.write_text(source, encoding="ascii")
+        progress("link", len(levels), len(levels) + 1)
+        library = out / LIBRARY
+        library.parent.mkdir(parents=True, exist_ok=True)
+        link_shared(
+            toolchain,
+            sources=[entry, *sorted(RUNTIME_SOURCES.glob("*.c"))],
+            objects=objects,
+            include_dirs=[RUNTIME_SOURCES],
+            out=library,
+            target=self.zig_target,
+            soname=LIBRARY.name,
+            exports=["llamac_*", "__tvm_ffi_*"],
+        )
+        progress("link", len(levels) + 1, len(levels) + 1)
+        return [Artifact(LIBRARY, "library")]
+
+    def _compile(self, lowered: Lowered, isa: Isa, suffix: str, out: Path) -> None:
+        """Compile all kernels of a program for one instruction set into one object file."""
+        from llamac.schedules.kernel import compile_kernels  # noqa: PLC0415
+
+        functions = {
+            name + suffix: spec.make(isa, name + suffix) for name, spec in lowered.kernels.items()
+        }
+        compile_kernels(functions, isa).write_to_file(str(out), "o")
