@@ -15,23 +15,33 @@ RUNTIME_MAY_IMPORT = {"numpy", "tiktoken", "llamac"}
 HEAVY = ("tvm", "tvm_ffi", "torch", "onnx", "llamac.compiler", "llamac.schedules", "llamac.targets")
 
 
-def imported_modules(source: str) -> Iterator[str]:
-    """Yield the full name of every module that a source imports, wherever the import stands."""
-    for node in ast.walk(ast.parse(source)):
+def imported_modules(source: str) -> Iterator[tuple[str, bool]]:
+    """Yield the full name of every imported module, and whether only type checkers import it."""
+    tree = ast.parse(source)
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
             assert node.module is not None
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from ((name, node in typing_only) for name in names)
 
 
 def violations(layer: str, source: str) -> list[str]:
     """Name the imports of one module of `layer` that break the layer rule."""
     allowed = LAYERS[: LAYERS.index(layer) + 1]
     found = []
-    for name in imported_modules(source):
+    for name, is_typing_only in imported_modules(source):
         parts = name.split(".")
         if parts[0] == "llamac" and len(parts) > 1 and parts[1] in LAYERS:
             if parts[1] not in allowed:
@@ -39,7 +49,8 @@ def violations(layer: str, source: str) -> list[str]:
         elif parts[0] in LAYERS:
             found.append(f"{name} (write llamac.{name})")
         elif layer == "runtime" and parts[0] not in RUNTIME_MAY_IMPORT | sys.stdlib_module_names:
-            found.append(name)
+            # What only a type checker reads need not be installed.
+            found += [] if is_typing_only else [name]
     return found
 
 
@@ -71,6 +82,7 @@ def test_the_walk_sees_every_layer(checkout: Path) -> None:
         ("runtime", "import llamac.schedules.kernel"),
         ("runtime", "from llamac import compiler"),
         ("runtime", "def f():\n    import torch"),
+        ("runtime", "if TYPE_CHECKING:\n    from llamac.schedules.kernel import Knobs"),
         ("schedules", "from llamac.targets.soc import SoC"),
         ("targets", "from llamac.compiler import pipeline"),
         ("compiler", "import llamac.tools.cli"),
@@ -86,6 +98,7 @@ def test_a_forbidden_import_is_found(layer: str, source: str) -> None:
     ("layer", "source"),
     [
         ("runtime", "import json, numpy\nfrom llamac.runtime.errors import LlamacError"),
+        ("runtime", "if TYPE_CHECKING:\n    from typing_extensions import Unpack"),
         ("compiler", "from llamac.targets.base import Target\nimport torch"),
         ("tools", "from llamac import __version__"),
     ],

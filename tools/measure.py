@@ -159,6 +159,8 @@ def main() -> int:
     answer: dict[str, Any]
     try:
         answer = {"measurement": asdict(measure(Request(**json.loads(sys.argv[1]))))}
+    except KeyboardInterrupt:  # the parent gets it too, and says so
+        return 130
     except LlamacError as error:
         answer = {
             "error": {

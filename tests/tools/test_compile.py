@@ -1,0 +1,179 @@
+"""`llamac compile` and `llamac verify`: how their arguments reach the compiler, what they print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llamac.compiler.progress import Progress, Report
+from llamac.tools.cli import main
+
+
+@pytest.fixture
+def replace_module(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put a module of given contents in the place of a slow one."""
+
+    def replace(name: str, **contents: Any) -> None:
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    return replace
+
+
+@dataclass
+class Compiler:
+    """Stands for the pipeline: keeps the configuration, makes a report."""
+
+    configs: list[Any] = field(default_factory=list)
+
+    def compile_bundle(self, config: Any, progress: Progress) -> Report:
+        self.configs.append(config)
+        with progress.stage("pack weights"):
+            pass
+        progress.report.notes.append("assumed a RoPE factor of 32")
+        progress.report.files["weights.bin"] = 2048
+        return progress.report
+
+
+@pytest.fixture
+def compiler(replace_module: Callable[..., None]) -> Compiler:
+    """Replaces the pipeline."""
+    found = Compiler()
+    replace_module(
+        "llamac.compiler.pipeline",
+        CompileConfig=SimpleNamespace,
+        compile_bundle=found.compile_bundle,
+    )
+    return found
+
+
+def test_compile_passes_its_defaults(compiler: Compiler) -> None:
+    """Without options: this CPU, float16, verified, an existing bundle is kept."""
+    assert main(["compile", "model", "--target", "host", "-o", "out"]) == 0
+    [config] = compiler.configs
+    assert vars(config) == {
+        "model": Path("model"),
+        "target": "host",
+        "out": Path("out"),
+        "processors": ("cpu",),
+        "context_length": None,
+        "chunks": (128, 32, 8),
+        "scale_dtype": "float16",
+        "kv_dtype": "float16",
+        "rope_factor": None,
+        "tokenizer": None,
+        "name": None,
+        "verify": True,
+        "verify_text": None,
+        "dump": None,
+        "overwrite": False,
+        "threads": 2,
+    }
+
+
+def test_compile_passes_its_options(compiler: Compiler, tmp_path: Path) -> None:
+    """Every option reaches the configuration."""
+    options = (
+        "--processors htp,cpu --context 4096 --chunks 64,8 --scales bfloat16 --kv-cache int8 "
+        "--rope-factor 32 --tokenizer t.model --name n --no-verify --verify-text v.txt --dump ir "
+        f"--force --threads 1 --report {tmp_path / 'report.json'}"
+    )
+    assert main(["compile", "model", "--target", "sm8650", "-o", "out", *options.split()]) == 0
+    [config] = compiler.configs
+    assert vars(config) == {
+        "model": Path("model"),
+        "target": "sm8650",
+        "out": Path("out"),
+        "processors": ("htp", "cpu"),
+        "context_length": 4096,
+        "chunks": (64, 8),
+        "scale_dtype": "bfloat16",
+        "kv_dtype": "int8",
+        "rope_factor": 32.0,
+        "tokenizer": Path("t.model"),
+        "name": "n",
+        "verify": False,
+        "verify_text": Path("v.txt"),
+        "dump": Path("ir"),
+        "overwrite": True,
+        "threads": 1,
+    }
+    report = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert report["notes"] == ["assumed a RoPE factor of 32"]
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compile_reports_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """Stages, notes and sizes are shown, with --quiet the end only; standard output is empty."""
+    arguments = ["compile", "model", "--target", "host", "-o", "out"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "pack weights ..." in err
+    assert "note: assumed a RoPE factor of 32" in err
+    assert "out/weights.bin: 2.0 KiB" in err
+    assert main([*arguments, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "wrote out\n")
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_report_that_cannot_be_written_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report's path is the user's: a missing folder gets the usual three lines."""
+    report = tmp_path / "missing" / "report.json"
+    arguments = ["compile", "model", "--target", "host", "-o", "out", "--report", str(report)]
+    assert main(arguments) == 1
+    assert f"error[output]: {report} cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("passed", "code", "word"), [(True, 0, "passed"), (False, 1, "FAILED")])
+def test_verify_says_by_its_exit_code_whether_it_passed(
+    passed: bool,
+    code: int,
+    word: str,
+    replace_module: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The table names each operation; the text and the number of tokens reach the comparison."""
+    calls = []
+
+    def verify_bundle(*arguments: Any) -> SimpleNamespace:
+        calls.append(arguments[:4])
+        return SimpleNamespace(
+            passed=passed,
+            operations=[("layers.0.wq", 121.5, 1e-7)],
+            nll_reference=1.25,
+            nll_bundle=1.26,
+            agreement=0.975,
+            to_json=lambda: {"passed": passed},
+        )
+
+    replace_module("llamac.compiler.verify", verify_bundle=verify_bundle)
+    text = tmp_path / "story.txt"
+    text.write_text("Once upon", "utf-8")
+    assert main(["verify", "out", "model", "--text", str(text), "--tokens", "9"]) == code
+    assert calls == [(Path("out"), Path("model"), "Once upon", 9)]
+    printed = capsys.readouterr().out
+    assert "layers.0.wq  121.5    1e-07" in printed
+    assert "97.5 %" in printed
+    assert word in printed
+    assert main(["verify", "out", "model", "--json"]) == code
+    assert json.loads(capsys.readouterr().out) == {"passed": passed}
+
+
+def test_verify_needs_a_readable_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A text that is not UTF-8 is refused before anything heavy is loaded."""
+    text = tmp_path / "story.txt"
+    text.write_bytes(b"\xff\xfe")
+    assert main(["verify", "out", "model", "--text", str(text)]) == 2
+    assert "cannot be read" in capsys.readouterr().err

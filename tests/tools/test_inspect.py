@@ -1,0 +1,55 @@
+"""`llamac inspect`: the manifest for people and for programs, and the hashes of all files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llamac.tools.cli import main
+
+
+def test_inspect_shows_everything(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All sections of the manifest are there, in words."""
+    assert main(["inspect", str(bundle)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "hadamard r4 yes",
+        "assumed a RoPE factor of 32",
+        "weights bytes 3.0 MiB",
+        "level avx2 avx2 fma",
+        "level x86-64 any CPU",
+        "worst operation layers.1.w2, SQNR 95.5 dB",
+        "prefill_24 24 tokens a call",
+    ):
+        assert part in text
+
+
+def test_inspect_json_is_the_manifest(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--json prints what the file says, field for field."""
+    assert main(["inspect", str(bundle), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((bundle / "manifest.json").read_text("utf-8"))
+
+
+def test_inspect_check_finds_a_flipped_byte(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--check hashes every byte, also those of the weights that loading does not look at."""
+    assert main(["inspect", str(bundle), "--check"]) == 0
+    assert "all 3 files" in capsys.readouterr().out
+    weights = bundle / "weights.bin"
+    data = bytearray(weights.read_bytes())
+    data[(1 << 20) + 5000] ^= 1
+    weights.write_bytes(data)
+    assert main(["inspect", str(bundle), "--check"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error[bundle-corrupt]: weights.bin has sha256 ")
+
+
+def test_inspect_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A path without bundle is named in the error."""
+    assert main(["inspect", str(tmp_path / "none")]) == 1
+    assert f"error[bundle-missing]: there is no bundle at {tmp_path}" in capsys.readouterr().err
