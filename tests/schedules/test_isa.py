@@ -10,7 +10,7 @@ from llamac.schedules.kernel import KernelBuilder, store
 
 
 def elementwise(isa, operation, src, dst, lanes=None):
-    """A kernel that applies `operation` to vectors: x [n, lanes] -> y [n, lanes], one row an item."""
+    """A kernel that applies `operation` to the rows of x [n, lanes]."""
     lanes = lanes or isa.lanes
 
     def make(rows):
