@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from llamac.targets.base import Lowered, LowerOptions, Missing, PackedTensor, Target, WeightReader
+from llamac.targets.base import (
+    Artifact,
+    Identity,
+    Lowered,
+    LowerOptions,
+    Missing,
+    Target,
+    WeightReader,
+)
 from llamac.targets.registry import load_target, target_names
 from llamac.targets.soc import SoC, load_soc, soc_files
 
 __all__ = [
+    "Artifact",
+    "Identity",
     "LowerOptions",
     "Lowered",
     "Missing",
-    "PackedTensor",
     "SoC",
     "Target",
     "WeightReader",
