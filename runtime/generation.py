@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
@@ -67,42 +67,55 @@ class Generation(Iterator[str]):
         self._random = np.random.default_rng(seed)
         self._scanner = StopScanner((stop,) if isinstance(stop, str) else stop)
         self._position = session.position
+        self._decoder = session.tokenizer.stream()
         self._owns_session = False
-        self._pieces = self._run()
+        self._is_started = False
+        self._is_ended = False
 
     def __iter__(self) -> Generation:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        # Not a generator: its frame would refer back to this object, and a session of a caller who
+        # leaves the loop early would live until the next garbage collection.
+        while not self._is_ended:
+            if piece := self._step():
+                return piece
+        raise StopIteration
 
     def close(self) -> None:
         """End early. Tokens generated so far stay in the context."""
-        self._pieces.close()
-        self._release()
+        self._is_ended = True
+        if self._owns_session:
+            self._session.close()
 
     def own_session(self) -> Generation:
         """Close the session when the generation ends; returns the generation."""
         self._owns_session = True
         return self
 
-    def _run(self) -> Generator[str, None, None]:
+    def _step(self) -> str:
+        """Generate one token and return the text that it completes, or the rest at the end."""
         try:
             self._check_position()
-            self._session.append(self._prompt)
-            self._position = self._session.position
-            decoder = self._session.tokenizer.stream()
-            while (token := self._next_token()) is not None:
-                if piece := self._scanner.feed(decoder.feed(token)):
-                    yield piece
-            if piece := self._scanner.feed(decoder.finish()) + self._scanner.finish():
-                yield piece
-        finally:
-            self._release()
+            if not self._is_started:
+                self._start()
+            token = self._next_token()
+        except BaseException:
+            self.close()
+            raise
+        if token is None:
+            self.close()
+            return self._scanner.feed(self._decoder.finish()) + self._scanner.finish()
+        return self._scanner.feed(self._decoder.feed(token))
+
+    def _start(self) -> None:
+        self._session.append(self._prompt)
+        self._position = self._session.position
+        self._is_started = True
 
     def _next_token(self) -> int | None:
         """Choose a token and add it to the context; None and a reason if there is no next one."""
-        self._check_position()
         if self._scanner.is_found:
             self.finish_reason = "stop"
         elif len(self.tokens) == self._max_tokens:
@@ -135,10 +148,6 @@ class Generation(Iterator[str]):
                 cause="a session has one context; another call appended to it or rewound it",
                 fix="finish or drop one generation before the next, or use two sessions",
             )
-
-    def _release(self) -> None:
-        if self._owns_session:
-            self._session.close()
 
 
 class StopScanner:
