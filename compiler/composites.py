@@ -1,8 +1,9 @@
 """The composites of the IR: what each one means, in plain Relax operators.
 
-A composite is a private Relax function with the attribute `Composite` (its kind) and `llamac.attrs` (what
-else decides its meaning). Its body is executable: a target without a kernel for it can legalize the body,
-and tests run it. Shapes: T tokens, K input and N output columns, H heads, D head size, C cache capacity.
+A composite is a private Relax function with the attribute `Composite` (its kind) and `llamac.attrs`
+(what else decides its meaning). Its body is executable: a target without a kernel for it can
+legalize the body, and tests run it. Shapes: T tokens, K input and N output columns, H heads, D head
+size, C cache capacity.
 
     llamac.embedding   tokens [T], table [V, K] (, scales [V])               -> [T, K]
     llamac.rms_norm    x [T, K], gamma [K]                                   -> [T, K]
@@ -16,7 +17,8 @@ and tests run it. Shapes: T tokens, K input and N output columns, H heads, D hea
     llamac.take_row    x [T, K], meta [2]                                    -> [1, K]
     llamac.argmax      x [1, V]                                              -> [1]
 
-`meta` is int32 [2]: the position of the first token, and the row of the last valid token of the chunk.
+`meta` is int32 [2]: the position of the first token, and the row of the last valid token of the
+chunk.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ def _rint(x: Expr) -> Expr:
 
 
 def _quantize(b: BlockBuilder, x: Expr) -> tuple[Expr, Expr, Expr]:
-    """The activation rule "torchao" over the last axis: codes, scale and zero point, all float32."""
+    """The activation rule "torchao" over the last axis: codes, scale, zero point in float32."""
     low = op.minimum(op.min(x, axis=-1, keepdims=True), f32(0))
     high = op.maximum(op.max(x, axis=-1, keepdims=True), f32(0))
     step = op.divide(op.subtract(high, low), f32(255))

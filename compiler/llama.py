@@ -1,8 +1,8 @@
 """The model as Relax functions of composites: `prefill_<n>` for each chunk length, and `decode`.
 
-Parameters of every function, in this order: tokens int32 [T], meta int32 [2], the weights under their
-names in the checkpoint, the RoPE table, and the KV caches of each layer. It returns logits [1, V]
-of the last valid token, their argmax [1], and the caches.
+Parameters of every function, in this order: tokens int32 [T], meta int32 [2], the weights under
+their names in the checkpoint, the RoPE table, and the KV caches of each layer. It returns logits
+[1, V] of the last valid token, their argmax [1], and the caches.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What a kernel is, and the scaffold in which generators build one.
 
-A kernel is a TIR PrimFunc `kernel(inputs..., outputs..., begin, end)` over static shapes. Its work is cut
-into `work` independent items, and a call does the items `begin <= i < end`: threads, DSP jobs and tests
-all use the same function with other bounds, and no kernel ever waits for another one.
+A kernel is a TIR PrimFunc `kernel(inputs..., outputs..., begin, end)` over static shapes. Its work
+is cut into `work` independent items, and a call does the items `begin <= i < end`: threads, DSP
+jobs and tests all use the same function with other bounds, and no kernel ever waits for another
+one.
 """
 
 from __future__ import annotations
@@ -110,8 +111,9 @@ def num_outputs(func: PrimFunc) -> int:
 def compile_kernels(functions: Mapping[str, PrimFunc], isa: Isa) -> Any:
     """Compile kernels for one instruction set into one runtime module.
 
-    TVM's default pipeline would turn `local` buffers into heap allocations (StorageRewrite loses their
-    annotation, and nothing of it is needed for straight kernels), so the plain "tirx" one is used.
+    TVM's default pipeline would turn `local` buffers into heap allocations (StorageRewrite loses
+    their annotation, and nothing of it is needed for straight kernels), so the plain "tirx" one is
+    used.
     """
     module = tvm.IRModule(dict(functions))
     return tvm.tirx.build(module, target=tvm.target.Target(isa.target), pipeline="tirx")

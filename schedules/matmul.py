@@ -2,8 +2,8 @@
 
     y[m, n] = sum_k x[m, k] * w[n, k]
 
-Packed layout: weights [N/16][K][16 rows] bfloat16, so that one load is one column of a block. The epilogues
-are those of `qmatmul.py`: `residual` adds, `swiglu` takes blocks in (gate, up) pairs.
+Packed layout: weights [N/16][K][16 rows] bfloat16, so that one load is one column of a block. The
+epilogues are those of `qmatmul.py`: `residual` adds, `swiglu` takes blocks in (gate, up) pairs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def valid(shape: MatmulShape, isa: Isa, knobs: Mapping[str, int]) -> bool:
 
 
 def default(shape: MatmulShape, isa: Isa) -> dict[str, int]:
-    """Four chains for a GEMV; two chains of eight tokens (or of two with 16 registers) for a GEMM."""
+    """Four chains for a GEMV; two chains of eight or two tokens for a GEMM."""
     if shape.m == 1:
         return {"mr": 1, "chains": 4 if isa.lanes >= 8 else 2}
     return {
@@ -72,8 +72,8 @@ def make(
 ) -> PrimFunc:
     """Build the kernel.
 
-    Arguments of the kernel: x float32 [m, k], weights bfloat16 [n/16, k, 16], then residual float32 [m, n]
-    for that epilogue, and the output float32 [m, n] or [m, n/2].
+    Arguments of the kernel: x float32 [m, k], weights bfloat16 [n/16, k, 16], then residual float32
+    [m, n] for that epilogue, and the output float32 [m, n] or [m, n/2].
     """
     level = isa.name.replace("-", "_")
     name = name or f"matmul_f32_f32_bf16_{shape.m}x{shape.n}x{shape.k}_{level}"
@@ -114,8 +114,8 @@ def _tile(
     for i, value in enumerate(values):
         row, column = row0 + i // vectors, item * ROWS + i % vectors * isa.lanes
         if shape.epilogue == "residual":
-            value = value + isa.load(tensors["residual"], row, column)
-        isa.store(tensors["result"], value, row, column)
+            values[i] = value + isa.load(tensors["residual"], row, column)
+        isa.store(tensors["result"], values[i], row, column)
 
 
 def _block(

@@ -6,9 +6,9 @@ w in -8..7 with one scale s per group g of 32 columns:
     y[m, n] = sx * ( sum_g s[n, g] * dot(x[m, g], w[n, g])  -  zp * ksum[n] )
     ksum[n] = sum_g s[n, g] * sum(w[n, g])                                       (packed, float32)
 
-Weights are stored as unsigned nibbles u = w + 8, so dot(x, w) = dot(x, u) - 8 * sum(x). The second part is
-`offsets[m, g] = -8 * sum(x[m, g])`, made once per token by the quantize kernel: the accumulator starts
-with it, and the hot loop is load, mask, shift, two dot products.
+Weights are stored as unsigned nibbles u = w + 8, so dot(x, w) = dot(x, u) - 8 * sum(x). The second
+part is `offsets[m, g] = -8 * sum(x[m, g])`, made once per token by the quantize kernel: the
+accumulator starts with it, and the hot loop is load, mask, shift, two dot products.
 
 Packed layout, the same for all levels of a processor family (16 rows are a block):
 
@@ -16,8 +16,9 @@ Packed layout, the same for all levels of a processor family (16 rows are a bloc
             and k = 8j + 4 + b in its high nibble, so that each half feeds one dot instruction;
     scales  [N/16][K/32][16] float16 or bfloat16.
 
-Optional: a LoRA branch y += scale * (t @ B.T) with t = A x made by `schedules/lora.py`, and one epilogue:
-`residual` adds a float tensor, `swiglu` takes blocks in (gate, up) pairs and stores silu(gate) * up.
+Optional: a LoRA branch y += scale * (t @ B.T) with t = A x made by `schedules/lora.py`, and one
+epilogue: `residual` adds a float tensor, `swiglu` takes blocks in (gate, up) pairs and stores
+silu(gate) * up.
 """
 
 from __future__ import annotations
@@ -105,10 +106,10 @@ def make(
 ) -> PrimFunc:
     """Build the kernel.
 
-    Arguments of the kernel: codes int8 [m, k], qparams float32 [m, 2] (scale, zero point), offsets int32
-    [m, k/32], weights uint8 [n/16, k/32, 256], scales [n/16, k/32, 16], ksum float32 [n],
-    then t float32 [m, rank * splits] and B bfloat16 [n/16, rank, 16] with a LoRA branch, then residual
-    float32 [m, n], and the output float32 [m, n] or [m, n/2].
+    Arguments of the kernel: codes int8 [m, k], qparams float32 [m, 2] (scale, zero point), offsets
+    int32 [m, k/32], weights uint8 [n/16, k/32, 256], scales [n/16, k/32, 16], ksum float32 [n],
+    then t float32 [m, rank * splits] and B bfloat16 [n/16, rank, 16] with a LoRA branch, then
+    residual float32 [m, n], and the output float32 [m, n] or [m, n/2].
     """
     with KernelBuilder(name or _name(shape, isa), shape.work) as b:
         tile = _Tile(b, shape, isa, unroll)
@@ -234,7 +235,7 @@ class _Tile:
 
 
 def split_of(block: Any, splits: Sequence[int]) -> Any:
-    """Index of the projection that packed block `block` belongs to, for projections of given widths."""
+    """Index of the projection, of projections of given widths, that a packed block belongs to."""
     index: Any = T.int64(0)
     end = 0
     for width in splits[:-1]:

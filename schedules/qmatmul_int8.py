@@ -2,9 +2,9 @@
 
     y[m, n] = sx * sw[n] * ( dot(x[m], w[n]) - zp * wsum[n] )          wsum[n] = sum(w[n]), int32
 
-The dot instructions want one unsigned operand, so the activation code is moved by 128 (a flipped top bit)
-and the shift is taken out with the zero point: dot(x + 128, w) - (zp + 128) * wsum. Everything
-up to the last two factors is exact in int32 (k <= 2^31 / (255 * 255)).
+The dot instructions want one unsigned operand, so the activation code is moved by 128 (a flipped
+top bit) and the shift is taken out with the zero point: dot(x + 128, w) - (zp + 128) * wsum.
+Everything up to the last two factors is exact in int32 (k <= 2^31 / (255 * 255)).
 
 Packed layout: weights [N/16][K/4][16 rows x 4 bytes] int8.
 """
@@ -69,8 +69,8 @@ def make(
 ) -> PrimFunc:
     """Build the kernel.
 
-    Arguments of the kernel: codes int8 [m, k], qparams float32 [m, 2], weights int8 [n/16, k/4, 64],
-    scales float32 [n], wsum int32 [n], and the output float32 [m, n].
+    Arguments of the kernel: codes int8 [m, k], qparams float32 [m, 2], weights int8 [n/16, k/4,
+    64], scales float32 [n], wsum int32 [n], and the output float32 [m, n].
     """
     level = isa.name.replace("-", "_")
     name = name or f"qmatmul_f32_qai8dx_qsi8cx_{shape.m}x{shape.n}x{shape.k}_{level}"

@@ -1,7 +1,8 @@
 """A compiled model as data: tensors at fixed places, kernels, and straight lists of kernel calls.
 
-A CPU target derives it from the lowered Relax module. The entry file of a bundle is this as C tables, and
-`program.json` in the bundle is this as JSON, so that `llamac verify` can check any step later.
+A CPU target derives it from the lowered Relax module. The entry file of a bundle is this as C
+tables, and `program.json` in the bundle is this as JSON, so that `llamac verify` can check any step
+later.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Pack:
     Attributes:
         layout: name of the layout, e.g. "int4.codes".
         sources: checkpoint tensors, in the order of their rows.
-        interleave: sources alternate in blocks of 16 rows (gate and up) instead of following each other.
+        interleave: sources alternate in blocks of 16 rows (gate and up) instead of following each
+            other.
     """
 
     layout: str

@@ -1,7 +1,7 @@
 """The vector instruction set as generators see it: lanes, registers and a few operations.
 
-Generators are written once over `Isa`; a subclass overrides the operations for which its processor has an
-instruction. The base class uses plain TIR and is therefore correct on every LLVM target.
+Generators are written once over `Isa`; a subclass overrides the operations for which its processor
+has an instruction. The base class uses plain TIR and is therefore correct on every LLVM target.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Isa:
     # -- arithmetic ------------------------------------------------------------------------------
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        """a * b + c in float32; the base class rounds twice."""
+        """A * b + c in float32; the base class rounds twice."""
         return a * b + c
 
     def rint(self, value: Any) -> Any:
@@ -143,7 +143,7 @@ class Isa:
         return T.Bind(mantissa * power)
 
     def silu(self, value: Any) -> Any:
-        """value / (1 + e^-value)."""
+        """Value / (1 + e^-value)."""
         one = self.splat(1.0, lanes_of(value))
         negative = self.splat(0.0, lanes_of(value)) - value
         return value / (one + self.exp(negative))

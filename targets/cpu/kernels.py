@@ -1,4 +1,4 @@
-"""Kernel families by name, and one kernel as (family, shape): what selection chooses, lowering builds."""
+"""Kernel families by name, and a kernel as family and shape: what selection chooses."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Layouts of weights.bin: checkpoint tensors to what the kernels read, in pieces of bounded size.
 
-Rows of linear layers are packed in blocks of 16 (see `schedules/qmatmul.py`). A layout function takes rows
-[n, ...] with n a multiple of 16 and returns the packed array; `pack_tensor` feeds it row blocks, so that the
-memory in use is that of a few thousand rows whatever the tensor's size.
+Rows of linear layers are packed in blocks of 16 (see `schedules/qmatmul.py`). A layout function
+takes rows [n, ...] with n a multiple of 16 and returns the packed array; `pack_tensor` feeds it row
+blocks, so that the memory in use is that of a few thousand rows whatever the tensor's size.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def to_scale_dtype(scales: Array, dtype: str) -> Array:
 
 
 def to_bfloat16(values: Array) -> Array:
-    """float -> bits of bfloat16 in uint16, rounded half to even; bits pass through."""
+    """Float -> bits of bfloat16 in uint16, rounded half to even; bits pass through."""
     if values.dtype == np.uint16:
         return values
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
@@ -83,7 +83,8 @@ class Packer:
     Args:
         weights: the checkpoint's tensors.
         scale_dtype: "float16" or "bfloat16".
-        check_scales: called with (name, scales) before they are rounded; raises when they do not fit.
+        check_scales: called with (name, scales) before they are rounded; raises when they do not
+            fit.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """Memory plan: a module of kernel calls becomes a program with every tensor at a fixed place.
 
-weights   packed parameters, shared by all functions, in the order of decode's steps so that one token
+weights   packed parameters, shared by all functions, in the order of decode's steps so that one
+token
           reads the file front to back
 kv        the caches, shared by all functions
 arena     everything else: inputs and results of a function, and intermediates, whose places are
@@ -192,7 +193,7 @@ def _is_state(var: Var) -> bool:
 
 
 def _last_uses(calls: list[KernelCall], same: dict[Var, Var]) -> dict[int, list[Var]]:
-    """Call index -> variables that nobody reads after it (never read: freed where they are made)."""
+    """Call index -> variables nobody reads after it (never read: freed where they are made)."""
     last: dict[Var, int] = {}
     for index, call in enumerate(calls):
         for var in (*call.inputs, *call.outputs):

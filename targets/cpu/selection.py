@@ -1,7 +1,8 @@
 """Kernel selection: composites become calls of kernels, as large a tile as one kernel covers.
 
-Selection walks the composites of a function in order. Each rule below covers one composite and what follows
-from it, and emits `call_tir` of a kernel; a composite that a larger tile has covered is passed over:
+Selection walks the composites of a function in order. Each rule below covers one composite and what
+follows from it, and emits `call_tir` of a kernel; a composite that a larger tile has covered is
+passed over:
 
     rms_norm -> qlinear...            rms_norm_quantize        (the codes feed every consumer)
     [hadamard ->] qlinear...          [hadamard_]quantize
@@ -11,8 +12,8 @@ from it, and emits `call_tir` of a kernel; a composite that a larger tile has co
     rope q, rope k -> attention       rope (turns q and k, appends k and v to the cache), attention
 
 The result is a Relax module whose functions only call kernels, so the Relax VM runs it, and
-`targets/cpu/plan.py` reads the program of a bundle off it. Weights become parameters in packed layouts,
-named `<sources>:<layout>`; how each is made is in `Selection.packs`.
+`targets/cpu/plan.py` reads the program of a bundle off it. Weights become parameters in packed
+layouts, named `<sources>:<layout>`; how each is made is in `Selection.packs`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from llamac.schedules.norm import RmsNormShape
 from llamac.schedules.qmatmul import GROUP, GROUP_BYTES, ROWS, QMatmulShape
 from llamac.schedules.qmatmul_int8 import QMatmulInt8Shape
 from llamac.schedules.quantize import QuantizeShape
-from llamac.schedules.rope import RopeShape
+from llamac.schedules.rope import CacheShape, RopeShape
 from llamac.schedules.sampling import ArgmaxShape
 from llamac.schedules.select import TakeRowShape
 from llamac.targets.cpu.kernels import KernelSpec
@@ -69,7 +70,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Activation codes and what goes with them; `values` are the floats, if a kernel stored them."""
+    """Activation codes and what goes with them; `values` are the floats, if they are stored."""
 
     codes: Var
     qparams: Var
@@ -175,7 +176,7 @@ class _FunctionSelector:
         self._tokens = 0
 
     def emit(self, name: str) -> None:
-        """Emit the function; its packed parameters are found on the way, so the body comes first."""
+        """Emit the function; packed parameters are found on the way, so the body comes first."""
         old = {param.name: param for param in self._function.params}
         self._tokens = _dims(old["tokens"])[0]
         self._values[old["tokens"]] = self._param("tokens", (self._tokens,), "int32")
@@ -430,7 +431,7 @@ class _FunctionSelector:
         self._covered.update([user.var, *(call.var for call in calls)])
 
     def _select_rope(self, call: Call) -> None:
-        """RoPE waits for the attention that uses it: one kernel turns q and k and stores k and v."""
+        """RoPE waits for its attention: one kernel turns q and k, and stores k and v."""
         columns = self._values[call.args[0]]
         if not isinstance(columns, Columns):
             raise self._uncovered(call, "its input is not one of fused q, k, v projections")
@@ -445,30 +446,30 @@ class _FunctionSelector:
             raise self._uncovered(call, "q, k and v are not fused projections with RoPE on q and k")
         heads, kv_heads, head_dim = (call.attrs[n] for n in ("heads", "kv_heads", "head_dim"))
         kv_dtype = call.attrs["kv_dtype"]
-        capacity = _dims(old_state[0])[1]
-        state = [self._state(var, capacity, kv_dtype) for var in old_state]
-        table = self._packed("rope", ["rope"], (_dims(self._table)[0], 2, head_dim), "float32")
-        sizes = (self._tokens, heads, kv_heads, head_dim, capacity)
-        name = f"{kv_dtype}_{self._tokens}x{heads}x{kv_heads}x{head_dim}x{capacity}"
+        cache = CacheShape(kv_heads, head_dim, _dims(old_state[0])[1], kv_dtype)
+        state = [self._state(var, cache) for var in old_state]
+        positions = _dims(self._table)[0]
+        table = self._packed("rope", ["rope"], (positions, 2, head_dim), "float32")
+        name = f"{kv_dtype}_{self._tokens}x{heads}x{kv_heads}x{head_dim}x{cache.capacity}"
         places = list(range(3, 3 + len(state)))
         out = [((self._tokens, heads * head_dim), "float32")]
-        shape = RopeShape(*sizes, kv_dtype=kv_dtype, positions=_dims(self._table)[0])
+        rope = RopeShape(self._tokens, heads, positions, cache)
         inputs = [q.source, table, meta, *state]
-        *state, turned = self._kernel("rope", shape, f"rope_{name}", inputs, out, places)
-        attention = AttentionShape(*sizes, kv_dtype=kv_dtype)
+        *state, turned = self._kernel("rope", rope, f"rope_{name}", inputs, out, places)
+        attention = AttentionShape(self._tokens, heads, cache)
         inputs = [turned, *state, meta]
         [result] = self._kernel("attention", attention, f"attention_{name}", inputs, out)
         for alias, value in zip(self._aliases[call.var], [result, *state], strict=True):
             self._values[alias] = value
 
-    def _state(self, var: Var, capacity: int, kv_dtype: str) -> Var:
-        """A cache in the kernels' layout: keys in transposed blocks of 16 positions."""
-        heads, _, width = _dims(var)
-        if var.name.endswith("k_cache"):
-            return self._param(var.name, (heads, capacity // 16, width, 16), kv_dtype)
-        if var.name.endswith("v_cache"):
-            return self._param(var.name, (heads, capacity, width), kv_dtype)
-        return self._param(var.name, (heads, capacity, width), "float32")
+    def _state(self, var: Var, cache: CacheShape) -> Var:
+        """A cache tensor in the kernels' layout."""
+        part = var.name.rpartition(".")[2]
+        if part == "k_cache":
+            return self._param(var.name, cache.k_shape, cache.dtype)
+        if part == "v_cache":
+            return self._param(var.name, cache.v_shape, cache.dtype)
+        return self._param(var.name, cache.params_shape, "float32")
 
     def _select_take_row(self, call: Call) -> None:
         x, meta = call.args

@@ -1,0 +1,165 @@
+"""Writing a bundle: a folder that appears under its name when it is complete, and not before."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from llamac.runtime.errors import OutputError
+from llamac.runtime.manifest import FileEntry, file_sha256, sample_sha256
+from llamac.targets.program import Pack, ProgramTensor
+
+WEIGHTS = "weights.bin"
+PROGRAM = "program.json"
+TOKENIZER = "tokenizer.model"
+HEADER = struct.Struct("<8sII32sQ")
+HEADER_BYTES = 4096
+WEIGHTS_VERSION = 1
+
+Pieces = Callable[[Pack], Iterator[NDArray[Any]]]
+
+
+@contextmanager
+def bundle_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a temporary folder beside `out` that becomes `out` if the block ends well.
+
+    Whatever goes wrong in the block, Ctrl-C too, the temporary folder is removed and a bundle that
+    was at `out` before is still there.
+
+    Raises:
+        OutputError: `out` exists (and `overwrite` is not set), or the disk is full or not writable.
+    """
+    if out.exists() and not overwrite:
+        raise OutputError(
+            f"{out} exists already",
+            cause="a bundle is never written over something else without being asked",
+            fix="choose another name, or compile with --force to replace it",
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        _replace(partial, out)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(partial: Path, out: Path) -> None:
+    """Rename `partial` to `out`; what was there is removed only after that."""
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = partial.with_name(partial.name + ".old")
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _cannot_write(out: Path, error: OSError) -> OutputError:
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return OutputError(
+        f"{out} cannot be written: {error.strerror}",
+        cause="the disk is full" if is_full else "the operating system refused to write there",
+        fix="free some space, or choose a folder on another disk"
+        if is_full
+        else "choose a folder that you may write to",
+    )
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse to start writing what cannot fit.
+
+    Raises:
+        OutputError: the disk has less than `needed_bytes` left.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OutputError(
+            f"the bundle needs {needed_bytes / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB",
+            cause="the disk is too full",
+            fix="free some space, or choose a folder on another disk",
+        )
+
+
+def write_weights(
+    path: Path,
+    tensors: Sequence[ProgramTensor],
+    num_bytes: int,
+    pieces: Pieces,
+    advance: Callable[[int, str], None],
+) -> str:
+    """Write all packed tensors at their offsets; returns the SHA-256 of all after the header.
+
+    Args:
+        path: the file; its header stays zero until `write_header`.
+        tensors: of the weights space, with ascending offsets.
+        num_bytes: size of the file.
+        pieces: yields a packed tensor in consecutive pieces.
+        advance: called with (bytes written, tensor's name).
+    """
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        file.seek(HEADER_BYTES)
+        position = HEADER_BYTES
+
+        def put(data: Any, size: int) -> None:
+            nonlocal position
+            file.write(data)
+            digest.update(data)
+            position += size
+
+        for tensor in tensors:
+            put(bytes(tensor.offset - position), tensor.offset - position)
+            assert tensor.pack is not None  # every weight has one
+            for piece in pieces(tensor.pack):
+                put(memoryview(piece).cast("B"), piece.nbytes)
+                advance(piece.nbytes, tensor.name)
+            if position != tensor.offset + tensor.num_bytes:
+                written = position - tensor.offset
+                raise RuntimeError(f"{tensor.name}: {written} bytes, planned {tensor.num_bytes}")
+        put(bytes(num_bytes - position), num_bytes - position)
+    return digest.hexdigest()
+
+
+def write_header(path: Path, build_id: str, num_bytes: int) -> None:
+    """Complete weights.bin with its header."""
+    fields = (b"LLAMACWT", WEIGHTS_VERSION, HEADER_BYTES, bytes.fromhex(build_id), num_bytes)
+    with path.open("r+b") as file:
+        file.write(HEADER.pack(*fields))
+
+
+def file_entry(bundle: Path, name: str, role: str) -> FileEntry:
+    """Size and hashes of a file of the bundle."""
+    path = bundle / name
+    sample = sample_sha256(path) if role == "weights" else None
+    return FileEntry(role, path.stat().st_size, file_sha256(path), sample)
+
+
+def sync_folder(bundle: Path) -> None:
+    """Make files readable for everyone, as an installed program's are."""
+    for path in bundle.rglob("*"):
+        path.chmod(0o755 if path.is_dir() or path.suffix == ".so" else 0o644)
+
+
+def remove_build_files(bundle: Path) -> None:
+    """Remove what targets needed only while they built."""
+    shutil.rmtree(bundle / "build", ignore_errors=True)

@@ -1,0 +1,367 @@
+"""The way of a model from a checkpoint to a bundle; the only place where order is decided.
+
+`compile_bundle` reads top to bottom: each step is a stage with its time and peak memory, and with
+`--dump DIR` each stage that has IR writes it there under its number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from llamac.compiler.bundle import (
+    PROGRAM,
+    TOKENIZER,
+    WEIGHTS,
+    bundle_folder,
+    check_space,
+    file_entry,
+    remove_build_files,
+    sync_folder,
+    write_header,
+    write_weights,
+)
+from llamac.compiler.checkpoint import Checkpoint, TensorInfo, check_scales_fit_float16
+from llamac.compiler.config import rope_table
+from llamac.compiler.describe import (
+    describe_model,
+    describe_quantization,
+    describe_tokenizer,
+    tool_versions,
+)
+from llamac.compiler.progress import Progress, Report
+from llamac.runtime.errors import NumericsError, TargetUnknown, UsageError
+from llamac.runtime.manifest import (
+    MANIFEST_NAME,
+    FunctionEntry,
+    LevelEntry,
+    Manifest,
+    MemoryPlan,
+    TargetEntry,
+    Verification,
+)
+from llamac.targets.base import Artifact, Identity, Lowered, LowerOptions, Target
+from llamac.targets.program import Program
+from llamac.targets.registry import load_target
+from llamac.targets.soc import load_soc
+
+DEFAULT_CONTEXT = 8192
+POSITION_BLOCK = 64  # positions of the KV cache come in blocks, a tile of attention
+PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """What the user asked for.
+
+    Attributes:
+        model: folder or file of the checkpoint.
+        target: name or path of a SoC file.
+        out: folder of the bundle.
+        processors: of the SoC, in order of preference.
+        context_length: positions of the KV cache; None: 8192.
+        chunks: prefill lengths, largest first.
+        scale_dtype: of int4 group scales, "float16" or "bfloat16".
+        kv_dtype: of the KV cache, "float16" or "int8".
+        rope_factor: overrides the factor of RoPE scaling.
+        tokenizer: a tokenizer file instead of the checkpoint's.
+        name: of the model in the manifest.
+        verify: compare the built library with the reference, and refuse to write one that differs.
+        verify_text: file with text to verify on.
+        dump: folder for the IR after each stage.
+        overwrite: replace a bundle that exists.
+        threads: for verification.
+    """
+
+    model: Path
+    target: str
+    out: Path
+    processors: tuple[str, ...] = ("cpu",)
+    context_length: int | None = None
+    chunks: tuple[int, ...] = (128, 32, 8)
+    scale_dtype: str = "float16"
+    kv_dtype: str = "float16"
+    rope_factor: float | None = None
+    tokenizer: Path | None = None
+    name: str | None = None
+    verify: bool = True
+    verify_text: Path | None = None
+    dump: Path | None = None
+    overwrite: bool = False
+    threads: int = 2
+
+
+def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
+    """Compile a checkpoint into a bundle at `config.out`.
+
+    Raises:
+        LlamacError: one of its classes; nothing is written then.
+    """
+    from llamac.compiler.llama import ModelOptions, build_llama  # noqa: PLC0415 (imports TVM)
+
+    dump = _Dump(config.dump)
+    target = _find_target(config)
+    with bundle_folder(config.out, config.overwrite) as folder:
+        with progress.stage("read the checkpoint"):
+            checkpoint = read_checkpoint(config)
+            context = config.context_length or DEFAULT_CONTEXT
+            options = _lower_options(config, context)
+        with progress.stage("build the IR"):
+            capacity = kv_capacity(context, config.chunks)
+            module = build_llama(checkpoint, ModelOptions(capacity, config.chunks, config.kv_dtype))
+            dump("composites", module)
+        with progress.stage("partition and fuse"):
+            module = target.partition(module)
+            for transform in target.passes():
+                module = transform(module)
+            dump("partitioned", module)
+        with progress.stage("choose kernels, plan memory"):
+            lowered = target.lower(module, options)
+            dump("kernels", lowered.module)
+            dump.text("program.json", lowered.program.to_json())
+        weights = PipelineWeights(checkpoint, capacity)
+        with progress.stage("pack weights", lowered.program.weights_bytes) as stage:
+            check_space(folder, lowered.program.weights_bytes + (64 << 20))
+            payload = write_weights(
+                folder / WEIGHTS,
+                weight_tensors(lowered.program),
+                lowered.program.weights_bytes,
+                lambda pack: target.pack(pack, weights, options),
+                stage.advance,
+            )
+            identity = _identity(config, checkpoint, lowered.program, payload, context)
+            write_header(folder / WEIGHTS, identity.build_id, lowered.program.weights_bytes)
+        with progress.stage("build the library") as stage:
+            artifacts = list(target.build(lowered, identity, folder, stage.update))
+            remove_build_files(folder)
+            artifacts += _write_data(folder, checkpoint, lowered.program)
+        verification = Verification(status="skipped")
+        if config.verify:
+            with progress.stage("verify") as stage:
+                verification = _verify(
+                    config, folder, lowered.program, checkpoint, artifacts, stage
+                )
+        with progress.stage("hash and write the manifest"):
+            notes = (*checkpoint.notes, *lowered.notes)
+            manifest = _manifest(
+                config,
+                checkpoint,
+                target,
+                lowered,
+                identity,
+                notes,
+                verification,
+                folder,
+                artifacts,
+            )
+            (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+            sync_folder(folder)
+    progress.report.notes = [*notes]
+    progress.report.files = {name: entry.bytes for name, entry in manifest.files.items()}
+    return progress.report
+
+
+def read_checkpoint(config: CompileConfig) -> Checkpoint:
+    """Open the model with the front end that knows its form."""
+    from llamac.compiler.frontends.meta import from_meta  # noqa: PLC0415 (imports torch)
+
+    return from_meta(config.model, rope_factor=config.rope_factor, tokenizer=config.tokenizer)
+
+
+def kv_capacity(context_length: int, chunks: tuple[int, ...]) -> int:
+    """Positions in the KV tensors: the context, and room for the padding of a last chunk."""
+    blocks = -(-(context_length + max(chunks, default=1)) // POSITION_BLOCK)
+    return blocks * POSITION_BLOCK
+
+
+def weight_tensors(program: Program) -> list[Any]:
+    """Tensors of weights.bin in the order of their offsets."""
+    return sorted((t for t in program.tensors if t.space == "weights"), key=lambda t: t.offset)
+
+
+class PipelineWeights:
+    """A checkpoint's tensors and the RoPE table that is computed for it."""
+
+    def __init__(self, checkpoint: Checkpoint, capacity: int) -> None:
+        self._weights, self._table = checkpoint.weights, rope_table(checkpoint.config, capacity)
+
+    def names(self) -> list[str]:
+        """All names."""
+        return [*self._weights.names(), "rope.table"]
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype."""
+        if name == "rope.table":
+            return TensorInfo(self._table.shape, "float32")
+        return self._weights.info(name)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """The values."""
+        return self._table if name == "rope.table" else self._weights.read(name)
+
+
+class _Dump:
+    """Writes the IR of stages into a folder, or nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder, self._count = folder, 0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, name: str, module: Any) -> None:
+        if self._folder is not None:
+            self.text(f"{name}.py", module.script())
+
+    def text(self, name: str, text: str) -> None:
+        if self._folder is not None:
+            self._count += 1
+            (self._folder / f"{self._count}-{name}").write_text(text, encoding="utf-8")
+
+
+def _find_target(config: CompileConfig) -> Target:
+    """The plug-in for the processors that were asked for."""
+    if list(config.chunks) != sorted(set(config.chunks), reverse=True) or min(config.chunks) < 2:
+        raise UsageError(
+            f"chunks {','.join(map(str, config.chunks))} cannot be compiled",
+            cause="prefill lengths must be at least 2, each once, largest first",
+            fix="write them like 128,32,8",
+        )
+    soc = load_soc(config.target)
+    plugins = {processor.kind: processor.plugin for processor in soc.processors}
+    for kind in config.processors:
+        if kind not in plugins:
+            raise TargetUnknown(
+                f"{soc.name} has no processor {kind!r}",
+                cause=f"its SoC file lists {', '.join(plugins)}",
+                fix=f"choose from {', '.join(plugins)} with --processors",
+            )
+    if config.processors != ("cpu",):
+        raise TargetUnknown(
+            f"this version compiles for the CPU alone, not for {', '.join(config.processors)}",
+            cause="placing parts of a model on other processors needs their plug-ins",
+            fix="leave --processors at cpu",
+        )
+    target = load_target(plugins["cpu"])(soc)
+    _check_dtypes(config, target)
+    return target
+
+
+def _check_dtypes(config: CompileConfig, target: Target) -> None:
+    for option, value, known in (
+        ("--scales", config.scale_dtype, target.scale_dtypes),
+        ("--kv-cache", config.kv_dtype, target.kv_dtypes),
+    ):
+        if value not in known:
+            raise UsageError(
+                f"{option} {value} is not known to {target.name}",
+                cause=f"its kernels read {', '.join(known)}",
+                fix=f"choose {option} from {', '.join(known)}",
+            )
+
+
+def _lower_options(config: CompileConfig, context: int) -> LowerOptions:
+    check = check_scales_fit_float16
+    return LowerOptions(context, config.chunks, config.scale_dtype, config.kv_dtype, check)
+
+
+def _identity(
+    config: CompileConfig, checkpoint: Checkpoint, program: Program, payload: str, context: int
+) -> Identity:
+    """Name and build id: a hash over the program, the weights and the model's constants."""
+    digest = hashlib.sha256(program.to_json().encode())
+    digest.update(bytes.fromhex(payload))
+    digest.update(json.dumps(asdict(checkpoint.config), sort_keys=True).encode())
+    digest.update(json.dumps(tool_versions(), sort_keys=True).encode())
+    name = config.name or checkpoint.name
+    limits = (checkpoint.config.vocab_size, context, max(config.chunks))
+    return Identity(name, digest.hexdigest(), *limits)
+
+
+def _write_data(folder: Path, checkpoint: Checkpoint, program: Program) -> list[Artifact]:
+    (folder / TOKENIZER).write_bytes(checkpoint.tokenizer.read_bytes())
+    (folder / PROGRAM).write_text(program.to_json(), encoding="utf-8")
+    return [
+        Artifact(Path(WEIGHTS), "weights"),
+        Artifact(Path(TOKENIZER), "tokenizer"),
+        Artifact(Path(PROGRAM), "program"),
+    ]
+
+
+def _verify(
+    config: CompileConfig,
+    folder: Path,
+    program: Program,
+    checkpoint: Checkpoint,
+    artifacts: list[Artifact],
+    stage: Any,
+) -> Verification:
+    """Compare the built library with the reference.
+
+    Raises:
+        NumericsError: an operation, or the whole model, is too far off.
+    """
+    from llamac.compiler.verify import probe_tokens, verify_library  # noqa: PLC0415
+
+    [library] = [artifact.path for artifact in artifacts if artifact.role == "library"]
+    text = config.verify_text.read_text(encoding="utf-8") if config.verify_text else None
+    report = verify_library(
+        program,
+        folder / library,
+        folder / WEIGHTS,
+        checkpoint,
+        scale_dtype=config.scale_dtype,
+        kv_dtype=config.kv_dtype,
+        tokens=probe_tokens(
+            describe_tokenizer(checkpoint, TOKENIZER), checkpoint, text, PROBE_TOKENS
+        ),
+        threads=config.threads,
+        progress=stage.update,
+    )
+    if not report.passed:
+        raise NumericsError(
+            report.first_failure,
+            cause="the built library does not compute what the reference computes",
+            fix="this is a fault of llamac or of the processor: report it with `--dump`'s files",
+        )
+    return report.to_manifest()
+
+
+def _manifest(  # noqa: PLR0913, PLR0917 (one argument for each part of a manifest)
+    config: CompileConfig,
+    checkpoint: Checkpoint,
+    target: Target,
+    lowered: Lowered,
+    identity: Identity,
+    notes: tuple[str, ...],
+    verification: Verification,
+    folder: Path,
+    artifacts: list[Artifact],
+) -> Manifest:
+    program, soc = lowered.program, target.soc
+    memory = MemoryPlan(
+        weights_bytes=program.weights_bytes,
+        kv_cache_bytes=program.kv_bytes,
+        arena_bytes=program.arena_bytes,
+        weight_bytes_per_token=program.weight_bytes_per_token(),
+    )
+    levels = tuple(LevelEntry(level.name, level.features) for level in soc.levels)
+    return Manifest(
+        build_id=identity.build_id,
+        created_with=tool_versions(),
+        model=describe_model(checkpoint, identity.model_name, identity.context_length),
+        quantization=describe_quantization(checkpoint, config.scale_dtype, config.kv_dtype, notes),
+        tokenizer=describe_tokenizer(checkpoint, TOKENIZER),
+        target=TargetEntry(soc.name, target.name, config.processors, soc.arch, soc.os[0], levels),
+        memory=memory,
+        functions=tuple(FunctionEntry(f.name, f.num_tokens) for f in program.functions),
+        files={
+            str(artifact.path): file_entry(folder, str(artifact.path), artifact.role)
+            for artifact in artifacts
+        },
+        verification=verification,
+    )
