@@ -12,7 +12,6 @@ copies a real one).
 from __future__ import annotations
 
 import argparse
-import base64
 import itertools
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from llamac.compiler.config import LLAMA_3_2_1B, LLAMA_3_2_3B, LlamaConfig, LoraConfig, QuantConfig
 from llamac.compiler.floats import to_bfloat16
 from llamac.compiler.meta_writer import reserve_checkpoint
+from llamac.tools.tiny_tokenizer import write_ranks
 
 MODELS = {"1b": LLAMA_3_2_1B, "3b": LLAMA_3_2_3B}
 FORMS = {
@@ -119,13 +119,6 @@ def synthetic_ranks(count: int) -> Iterator[bytes]:
     return itertools.islice(itertools.chain(single, spaced, plain), count)
 
 
-def write_tokenizer(path: Path, count: int) -> None:
-    """Write a made-up tokenizer of `count` ranks in tiktoken form."""
-    with path.open("wb") as file:
-        for rank, token in enumerate(synthetic_ranks(count)):
-            file.write(base64.b64encode(token) + b" %d\n" % rank)
-
-
 def make_synthetic(
     folder: Path, config: LlamaConfig, quant: QuantConfig, tokenizer: Path | None = None
 ) -> None:
@@ -141,7 +134,7 @@ def make_synthetic(
     with tempfile.TemporaryDirectory() as scratch:
         if tokenizer is None:
             tokenizer = Path(scratch) / "tokenizer.model"
-            write_tokenizer(tokenizer, config.vocab_size - NUM_SPECIAL_TOKENS)
+            write_ranks(tokenizer, synthetic_ranks(config.vocab_size - NUM_SPECIAL_TOKENS))
         with reserve_checkpoint(folder, config, quant, tokenizer) as tensors:
             for name, target in tensors.items():
                 fill(name, target, rng)
