@@ -169,9 +169,10 @@ class Target(ABC):
         return ()
 
     def partition(self, mod: IRModule) -> IRModule:
-        """Mark the composites that this target takes. Default: leave the module as it is.
+        """Mark the composites that this target takes, with `llamac.targets.partition.claim`.
 
-        A CPU comes last in the SoC's order and owns all that nobody claimed, so it needs none.
+        Default: leave the module as it is. A CPU comes last in the SoC's order and owns all that
+        nobody claimed.
         """
         return mod
 
