@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SAMPLE_SECONDS = 0.02
 HEARTBEAT_SECONDS = 5.0
+LARGEST_COUNT = 10_000  # larger totals are bytes, and shown in percent
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,15 @@ class Stage:
     def seconds(self) -> float:
         """Wall time since the start."""
         return time.monotonic() - self.started
+
+    @property
+    def done_of_total(self) -> str:
+        """How far it is, for people: "3/146", "42 %" of many, or nothing where it is not known."""
+        if not self.total:
+            return ""
+        if self.total > LARGEST_COUNT:
+            return f"{100 * self.done // self.total} %"
+        return f"{self.done}/{self.total}"
 
     @property
     def seconds_left(self) -> float | None:
@@ -251,7 +261,7 @@ class PlainProgress(Progress):
     def _show_running(self, stage: Stage) -> None:
         if time.monotonic() - self._last_line < self._heartbeat_seconds:
             return
-        count = f" {stage.done}/{stage.total}" if stage.total else ""
+        count = f" {stage.done_of_total}" if stage.total else ""
         left = stage.seconds_left
         about = f", about {left:.0f} s left" if left is not None else ""
         note = f" ({stage.note})" if stage.note else ""
@@ -276,7 +286,7 @@ class RichProgress(Progress):
             progress.SpinnerColumn(),
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=24),
-            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[count]}"),
             progress.TimeElapsedColumn(),
             progress.TimeRemainingColumn(),
             progress.TextColumn("[dim]{task.fields[note]}"),
@@ -289,13 +299,14 @@ class RichProgress(Progress):
         if stage.depth == 0:
             self._bar.start()
         self._tasks[id(stage)] = self._bar.add_task(
-            "  " * stage.depth + stage.name, total=stage.total, note=""
+            "  " * stage.depth + stage.name, total=stage.total, count="", note=""
         )
 
     def _show_running(self, stage: Stage) -> None:
         task = self._tasks.get(id(stage))
         if task is not None:
-            self._bar.update(task, completed=stage.done, total=stage.total, note=stage.note)
+            count, note = stage.done_of_total, stage.note
+            self._bar.update(task, completed=stage.done, total=stage.total, count=count, note=note)
 
     def _show_end(self, stage: Stage, report: StageReport | None) -> None:
         self._bar.remove_task(self._tasks.pop(id(stage)))

@@ -119,6 +119,16 @@ def test_an_exception_ends_the_stage_and_its_thread(kind: str) -> None:
         assert "stopped" in stream.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("done", "total", "text"), [(3, 146, "3/146"), (42 << 20, 100 << 20, "42 %"), (3, None, "")]
+)
+def test_counts_are_for_people(done: int, total: int | None, text: str) -> None:
+    """Steps are counted, bytes are shown in percent."""
+    with SilentProgress().stage("pack", total) as stage:
+        stage.advance(done)
+        assert stage.done_of_total == text
+
+
 def test_rich_progress_leaves_a_line_per_stage() -> None:
     """On a terminal the bar goes and a line with the time stays."""
     stream = Terminal()
