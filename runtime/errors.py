@@ -10,7 +10,7 @@ and a `fix`. `docs/errors.md` has one section per code, and a test compares the 
     │   ├── CheckpointUnreadable    checkpoint-unreadable  truncated or damaged file
     │   ├── CheckpointUnsafe        checkpoint-unsafe      a pickle that wants to run code
     │   ├── ParamsInvalid           checkpoint-params      params.json lacks or contradicts a field
-    │   ├── TensorInvalid           checkpoint-tensor      a tensor is missing, extra, or of wrong dtype/shape
+    │   ├── TensorInvalid           checkpoint-tensor      a tensor is missing or of wrong form
     │   ├── ValuesInvalid           checkpoint-values      codes or scales outside their range
     │   └── ModelUnsupported        model-unsupported      a valid model that llamac cannot compile
     ├── TokenizerError          tokenizer             the tokenizer file is missing or damaged
@@ -22,11 +22,11 @@ and a `fix`. `docs/errors.md` has one section per code, and a test compares the 
     │   └── BuildFailed             build-failed           a tool ran and failed
     ├── CoverageError           coverage              an operation no target can compile
     ├── NumericsError           numerics              the built library differs from the reference
-    ├── OutputError             output                the bundle cannot be written (disk full, exists)
+    ├── OutputError             output                the bundle cannot be written
     ├── BundleError             (abstract: what is wrong with a bundle)
     │   ├── BundleMissing           bundle-missing         no bundle at that path
-    │   ├── BundleInvalid           bundle-invalid         the manifest is damaged or of another version
-    │   ├── BundleCorrupt           bundle-corrupt         a file's size or hash differs from the manifest
+    │   ├── BundleInvalid           bundle-invalid         the manifest is damaged or too new or old
+    │   ├── BundleCorrupt           bundle-corrupt         a file differs from the manifest
     │   └── AbiMismatch             abi-mismatch           library and runtime disagree
     ├── CpuUnsupported          cpu-unsupported       the bundle is for another CPU
     ├── OutOfMemory             out-of-memory         the plan does not fit into free memory

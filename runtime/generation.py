@@ -40,7 +40,7 @@ class Generation(Iterator[str]):
         tokens: the ids generated so far, without the stop id.
     """
 
-    def __init__(  # noqa: PLR0913  (Session.generate is the interface)
+    def __init__(
         self,
         session: Session,
         prompt: Sequence[int],

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Model", "load"]
 
 
-def load(  # noqa: PLR0913  (keywords, each with a default)
+def load(
     bundle: str | os.PathLike[str],
     *,
     threads: int | None = None,

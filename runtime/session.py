@@ -141,7 +141,7 @@ class Session:
                 "context",
             )
 
-    def generate(  # noqa: PLR0913  (keywords, each with a default)
+    def generate(
         self,
         prompt: str | Iterable[int] = (),
         *,
