@@ -97,9 +97,7 @@ def _from_rows(
             isa.store(x, isa.to_float32(value) * isa.splat(scale), t, i * isa.lanes)
 
 
-def _from_blocks(
-    shape: EmbeddingShape, table: Any, row: Any, scale: Any, x: Any, t: Any
-) -> None:
+def _from_blocks(shape: EmbeddingShape, table: Any, row: Any, scale: Any, x: Any, t: Any) -> None:
     """Pick one row out of its block: a few bytes at a time, but only one row per token."""
     block, lane = T.Bind(T.floordiv(row, ROWS)), T.Bind(T.floormod(row, ROWS))
     with T.serial(0, T.int64(shape.dim)) as k:
