@@ -59,9 +59,6 @@ llamac_status llamac_pool_create(const llamac_session_options *options, llamac_p
 /* Stops and joins the threads; NULL is allowed. */
 void llamac_pool_destroy(llamac_pool *pool);
 
-/* Number of threads, the caller included. */
-int32_t llamac_pool_num_threads(const llamac_pool *pool);
-
 /* Runs the body on all threads and returns when all are done. The body may publish progress
  * 1 .. max_progress. Fails only if the caller cannot be pinned. */
 llamac_status llamac_pool_run(llamac_pool *pool, llamac_pool_body body, void *context,

@@ -33,11 +33,13 @@ static llamac_status set_up(llamac_session *session, const llamac_session_option
                        "no memory for %llu bytes of KV cache and %llu bytes of arena",
                        (unsigned long long)program->kv_bytes,
                        (unsigned long long)program->arena_bytes);
+  llamac_status status = llamac_pool_create(options, &session->pool, error);
+  if (status != LLAMAC_OK) return status;
   session->executor =
       llamac_executor_create(session->model, session->bases, options->num_threads);
   if (session->executor == NULL)
     return llamac_fail(error, LLAMAC_ERROR_MEMORY, "no memory for the calls of kernels");
-  return llamac_pool_create(options, &session->pool, error);
+  return LLAMAC_OK;
 }
 
 /* Copies the caller's options as far as its structure reaches and fills in defaults. */

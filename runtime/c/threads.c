@@ -67,8 +67,6 @@ uint64_t llamac_now_ns(void) {
   return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-int32_t llamac_pool_num_threads(const llamac_pool *pool) { return pool->num_threads; }
-
 /* ---- Waiting ------------------------------------------------------------------------------- */
 
 /* Tells the core that this is a spin loop. */
@@ -207,7 +205,7 @@ static void run(llamac_pool *pool, llamac_pool_body body, void *context, uint32_
   pool->body = body;
   pool->context = context;
   pool->start = pool->end + 1;
-  pool->end = pool->start + max_progress;
+  pool->end = pool->start + max_progress + 1; /* not to be mistaken for the last progress */
   advance(&pool->counters[0], pool->start);
   body(context, 0);
   advance(&pool->counters[0], pool->end);
