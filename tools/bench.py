@@ -71,11 +71,11 @@ def run(args: argparse.Namespace) -> int:
     from llamac.runtime.system import default_threads  # noqa: PLC0415
 
     manifest = read_manifest(args.bundle)
-    _check_length(args, manifest)
+    _check(args, manifest)
     results = []
     for threads in args.threads or (default_threads(),):
         if not args.quiet:
-            notice(f"{threads} thread{'s' if threads > 1 else ''}: {args.rounds} rounds ...")
+            notice(f"{_threads(threads)}: {args.rounds} rounds ...")
         request = Request(
             bundle=str(args.bundle),
             threads=threads,
@@ -90,14 +90,25 @@ def run(args: argparse.Namespace) -> int:
         print_json({"bundle": str(args.bundle), "model": manifest.model.name, "runs": results})
         return 0
     for result in results:
-        title = f"{manifest.model.name}, {result['threads']} threads, {result['level']}"
+        title = f"{manifest.model.name}, {_threads(result['threads'])}, {result['level']}"
         print_rows(title, _rows(result), plain=args.plain)
         if result["profile_ms"]:
             print_rows("decode step", _profile_rows(result["profile_ms"]), plain=args.plain)
     return 0
 
 
-def _check_length(args: argparse.Namespace, manifest: Manifest) -> None:
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def _check(args: argparse.Namespace, manifest: Manifest) -> None:
+    """Refuse what the measuring process could not do, before it starts."""
+    if args.profile and all(entry.role != "program" for entry in manifest.files.values()):
+        raise UsageError(
+            "--profile needs the names of the bundle's operations",
+            cause="the bundle has no program.json",
+            fix="compile the model again, or leave out --profile",
+        )
     tokens, context = args.prompt_tokens + args.decode_tokens, manifest.model.context_length
     if tokens > context:
         raise UsageError(
@@ -181,17 +192,17 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _rows(result: dict[str, Any]) -> list[Row]:
-    def spread(name: str, unit: str, digits: int = 1) -> str:
-        low, middle, high = (result[name][key] for key in ("min", "median", "max"))
-        return f"{middle:.{digits}f} {unit}  ({low:.{digits}f} to {high:.{digits}f})"
+    def spread(name: str, unit: str, factor: int = 1) -> str:
+        low, middle, high = (factor * result[name][key] for key in ("min", "median", "max"))
+        return f"{middle:.1f} {unit}  ({low:.1f} to {high:.1f})"
 
     share = result["bandwidth_share"]
     reached = f", {100 * share:.0f} % of it" if share is not None else ""
     return [
         (f"prefill, {result['prompt_tokens']} tokens", spread("prefill_tokens_per_s", "tokens/s")),
         (f"decode, {result['decode_tokens']} tokens", spread("decode_tokens_per_s", "tokens/s")),
-        ("time to first token", spread("first_token_s", "s", 3)),
-        ("load", f"{result['load_s']:.3f} s"),
+        ("time to first token", spread("first_token_s", "ms", 1000)),
+        ("load", f"{1000 * result['load_s']:.1f} ms"),
         ("peak resident memory", format_bytes(result["peak_resident_bytes"])),
         ("peak anonymous memory", format_bytes(result["peak_anonymous_bytes"])),
         ("weights read per token", format_bytes(result["weight_bytes_per_token"])),

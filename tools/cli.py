@@ -10,6 +10,7 @@ command needs is imported when it runs, so that `llamac --help` loads neither nu
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -87,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     # Known before the arguments are: reading them can fail too.
     is_debug = "--debug" in arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character must not end a generation.
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = _run(arguments)
         sys.stdout.flush()

@@ -67,8 +67,8 @@ def sections(manifest: Manifest) -> list[tuple[str, list[Row]]]:
         ("quantization", _rows(document["quantization"])),
         ("target", _target_rows(document["target"])),
         ("memory", [*_rows(sizes), ("all while running", format_bytes(total))]),
-        ("functions", [(f.name, f"{f.num_tokens} tokens a call") for f in manifest.functions]),
-        ("tokenizer", _rows(document["tokenizer"])),
+        ("functions", [(f.name, _tokens_a_call(f.num_tokens)) for f in manifest.functions]),
+        ("tokenizer", _tokenizer_rows(document["tokenizer"])),
         ("verification", _verification_rows(manifest)),
         ("files", [_file_row(name, entry) for name, entry in document["files"].items()]),
     ]
@@ -96,6 +96,15 @@ def _target_rows(target: Mapping[str, Any]) -> list[Row]:
     for level in target["levels"]:
         rows.append((f"level {level['name']}", " ".join(level["features"]) or "any CPU"))
     return rows
+
+
+def _tokens_a_call(count: int) -> str:
+    return "1 token a call" if count == 1 else f"{count} tokens a call"
+
+
+def _tokenizer_rows(tokenizer: Mapping[str, Any]) -> list[Row]:
+    # Llama 3 has 256 special tokens; their names and ids are in the JSON form.
+    return _rows(dict(tokenizer) | {"special_tokens": len(tokenizer["special_tokens"])})
 
 
 def _verification_rows(manifest: Manifest) -> list[Row]:

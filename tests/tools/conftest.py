@@ -107,6 +107,7 @@ def bundle(tmp_path: Path, manifest: Manifest) -> Path:
         "weights.bin": ("weights", header.ljust(WEIGHTS_BYTES, b"w")),
         "lib/libmodel.so": ("library", b"not a library"),
         "tokenizer.model": ("tokenizer", b"aGk= 0\n"),
+        "program.json": ("program", b"{}"),
     }
     files = {}
     for name, (role, data) in contents.items():

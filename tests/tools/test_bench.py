@@ -79,6 +79,18 @@ def test_bench_refuses_more_tokens_than_the_context(
     assert "990 + 64 tokens do not fit" in capsys.readouterr().err
 
 
+def test_bench_cannot_profile_without_names(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bundle without program.json can be measured, but not by operation."""
+    path = bundle / "manifest.json"
+    document = json.loads(path.read_text("utf-8"))
+    del document["files"]["program.json"]
+    path.write_text(json.dumps(document), "utf-8")
+    assert main(["bench", str(bundle), "--profile"]) == 2
+    assert "the bundle has no program.json" in capsys.readouterr().err
+
+
 def test_an_error_in_the_measuring_process_keeps_its_code(tmp_path: Path) -> None:
     """The real child process meets a missing bundle and says so."""
     request = Request(**{**vars(REQUEST), "bundle": str(tmp_path / "none")})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -134,6 +135,16 @@ def test_a_reader_that_left_is_no_error(bundle: Path) -> None:
     process.stdout.close()
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, b"")
+
+
+def test_a_terminal_without_unicode_gets_question_marks(bundle: Path) -> None:
+    """Output in an encoding that lacks a character is no error: the hash's ellipsis is a "?"."""
+    environment = dict(os.environ) | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*LLAMAC, "inspect", str(bundle)], capture_output=True, env=environment, check=True
+    )
+    assert b"sha256 " in done.stdout
+    assert done.stdout.count(b"?") == 4
 
 
 def test_help_comes_at_once() -> None:

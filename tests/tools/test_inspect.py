@@ -22,6 +22,8 @@ def test_inspect_shows_everything(bundle: Path, capsys: pytest.CaptureFixture[st
         "level x86-64 any CPU",
         "worst operation layers.1.w2, SQNR 95.5 dB",
         "prefill_24 24 tokens a call",
+        "decode 1 token a call",
+        "special tokens 1 ",
     ):
         assert part in text
 
@@ -38,7 +40,7 @@ def test_inspect_check_finds_a_flipped_byte(
 ) -> None:
     """--check hashes every byte, also those of the weights that loading does not look at."""
     assert main(["inspect", str(bundle), "--check"]) == 0
-    assert "all 3 files" in capsys.readouterr().out
+    assert "all 4 files" in capsys.readouterr().out
     weights = bundle / "weights.bin"
     data = bytearray(weights.read_bytes())
     data[(1 << 20) + 5000] ^= 1
