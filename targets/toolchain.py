@@ -80,7 +80,7 @@ def find_toolchain() -> Toolchain:
     )
 
 
-def link_shared(  # noqa: PLR0913
+def link_shared(
     toolchain: Toolchain,
     *,
     sources: Sequence[Path],
@@ -128,7 +128,7 @@ def link_shared(  # noqa: PLR0913
             linker_script.unlink()
 
 
-def link_executable(  # noqa: PLR0913
+def link_executable(
     toolchain: Toolchain,
     *,
     sources: Sequence[Path],
