@@ -187,8 +187,6 @@ def _check_ranks(path: Path, ranks: Mapping[bytes, int], num_lines: int) -> None
     """Check what tiktoken takes for granted: it panics on text with a byte that has no token."""
     if len(ranks) != num_lines:
         raise _damaged(path, f"{num_lines - len(ranks)} tokens appear twice")
-    if b"" in ranks:
-        raise _damaged(path, "a token is empty")
     if set(ranks.values()) != set(range(len(ranks))):
         raise _damaged(path, "the ranks are not 0, 1, 2, ... without gaps")
     lacking = [value for value in range(256) if bytes([value]) not in ranks]
