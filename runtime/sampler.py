@@ -144,7 +144,7 @@ def keep_top_p(row: Row, p: float) -> Indices:
     count = min(_FIRST_NUCLEUS, len(row))
     while True:
         best = keep_top_k(row, count)
-        best = best[np.argsort(-row[best], kind="stable")]
+        best = best[np.argsort(-row[best])]
         mass = np.cumsum(probabilities[best])
         if mass[-1] >= p or count == len(row):
             return best[: int(np.searchsorted(mass, p)) + 1]
