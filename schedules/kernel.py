@@ -93,9 +93,26 @@ def store(buffer: Buffer, value: Any, *index: Any) -> None:
     T.buffer_store(buffer, value, list(index))
 
 
+def opaque(value: Any, dtype: str = "int64") -> Any:
+    """Name a value without telling TVM's analyzer what it is.
+
+    The analyzer looks through `T.Bind` at every use while code is generated; a value that many vector
+    comparisons depend on then takes minutes. LLVM turns this local into a register.
+    """
+    place = local(dtype)
+    store(place, value, 0)
+    return place[0]
+
+
 def span(start: Any, lanes: int) -> Any:
     """Index of `lanes` consecutive elements from `start`."""
     return T.ramp(start, 1, lanes) if lanes > 1 else start
+
+
+def over_all_items(func: PrimFunc) -> PrimFunc:
+    """The kernel without `begin` and `end`: it always does all items, as Relax calls it."""
+    *_, begin, end = func.params
+    return func.specialize({begin: T.int64(0), end: T.int64(work_items(func))})
 
 
 def work_items(func: PrimFunc) -> int:

@@ -18,6 +18,11 @@ from llamac.schedules.intrin.isa import (
 TRIPLE = "x86_64-unknown-linux-gnu"
 
 
+def _target(*features: str) -> dict[str, Any]:
+    """Only what the level checks for: a named CPU would let LLVM use BMI, GFNI and more."""
+    return {"kind": "llvm", "mtriple": TRIPLE, "mcpu": "x86-64", "mattr": list(features)}
+
+
 class X86Portable(Isa):
     """Any x86-64 (SSE2): plain TIR, so that a bundle is right everywhere.
 
@@ -26,7 +31,7 @@ class X86Portable(Isa):
     """
 
     name = "x86-64"
-    target = {"kind": "llvm", "mtriple": TRIPLE, "mcpu": "x86-64"}  # noqa: RUF012
+    target = _target()
 
     def to_float32(self, value: Any, lanes: int | None = None) -> Any:
         """Widen float16 by moving its fields and scaling by 2^112; exact, also for subnormals."""
@@ -87,10 +92,10 @@ class Avx2(Isa):
     name = "avx2"
     lanes = 8
     features = ("avx2", "fma", "f16c")
-    target = {"kind": "llvm", "mtriple": TRIPLE, "mcpu": "haswell"}  # noqa: RUF012
+    target = _target("+avx2", "+fma", "+f16c")
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        """a * b + c, rounded once."""
+        """A * b + c, rounded once."""
         return float_intrinsic("fma", lanes_of(a), a, b, c)
 
     def rint(self, value: Any) -> Any:
@@ -117,7 +122,7 @@ class AvxVnni(Avx2):
 
     name = "avxvnni"
     features = ("avx2", "fma", "f16c", "avxvnni")
-    target = {"kind": "llvm", "mtriple": TRIPLE, "mcpu": "alderlake"}  # noqa: RUF012
+    target = _target("+avx2", "+fma", "+f16c", "+avxvnni")
 
     def dot_u4s8(self, acc: Any, lhs: Any, rhs: Any) -> Any:
         """One vpdpbusd."""
@@ -135,12 +140,7 @@ class Avx512Vnni(Avx2):
     lanes = 16
     registers = 32
     features = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma", "f16c")
-    target = {  # noqa: RUF012
-        "kind": "llvm",
-        "mtriple": TRIPLE,
-        "mcpu": "cascadelake",
-        "mattr": ["-prefer-256-bit"],
-    }
+    target = _target(*(f"+{feature}" for feature in features))
 
     def dot_u4s8(self, acc: Any, lhs: Any, rhs: Any) -> Any:
         """One vpdpbusd."""

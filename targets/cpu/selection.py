@@ -32,7 +32,7 @@ from llamac.schedules.attention import AttentionShape
 from llamac.schedules.embedding import EmbeddingShape
 from llamac.schedules.hadamard import HadamardShape
 from llamac.schedules.intrin.isa import Isa
-from llamac.schedules.kernel import work_items
+from llamac.schedules.kernel import over_all_items, work_items
 from llamac.schedules.lora import LoraShape
 from llamac.schedules.matmul import MatmulShape
 from llamac.schedules.norm import RmsNormShape
@@ -133,16 +133,16 @@ class _Library:
         )
         self._vars: dict[str, Any] = {}
 
-    def add(self, family: str, shape: Any, name: str) -> tuple[Any, int]:
-        """Global variable and number of work items of a kernel."""
+    def add(self, family: str, shape: Any, name: str) -> Any:
+        """Global variable of a kernel, which is added at its first use."""
         if name not in self._vars:
             spec = KernelSpec(name, family, shape)
             function = spec.make(self._isa)
             self.selection.kernels[name] = spec
             self.selection.work[name] = work_items(function)
-            self._vars[name] = self._builder.add_func(function, name)
+            self._vars[name] = self._builder.add_func(over_all_items(function), name)
             self._on_kernel(name)
-        return self._vars[name], self.selection.work[name]
+        return self._vars[name]
 
     def packed(self, pack: Pack) -> str:
         """Name of a packed tensor."""
@@ -241,16 +241,13 @@ class _FunctionSelector:
 
         Returns the updated state tensors, then the outputs.
         """
-        kernel, work = self._library.add(family, shape, name)
+        kernel = self._library.add(family, shape, name)
         types = [inputs[i].ty for i in state] + [relax.TensorType(list(s), d) for s, d in outputs]
-        bounds = relax.ShapeExpr([0, work])
         if state:
             places = [*state, *([-1] * len(outputs))]
-            call = relax.op.call_tir_inplace(kernel, list(inputs), places, types, bounds)
+            call = relax.op.call_tir_inplace(kernel, list(inputs), places, types)
         else:
-            call = relax.op.call_tir(
-                kernel, list(inputs), types if len(types) > 1 else types[0], bounds
-            )
+            call = relax.op.call_tir(kernel, list(inputs), types)
         result = self._emitter.emit(call)
         if len(types) == 1 and not state:
             return [result]
