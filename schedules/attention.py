@@ -1,21 +1,21 @@
 """Causal attention of grouped queries over the KV cache, in one pass over the positions.
 
-For query token t at position p = meta[0] + t and query head h of key/value head g:
+For query token t at position p = meta[0] + t and query head h of key/value head g, over i <= p:
 
-    s[i] = q . k[g, i] / sqrt(D)    for i <= p         out = sum_i exp(s[i] - max s) v[g, i] / sum_i exp(..)
+    s[i] = q . k[g, i] / sqrt(D)       out = sum_i exp(s[i] - max s) v[g, i] / sum_i exp(s[i] - max s)
 
-The positions are visited in tiles (64 of them, say). A row, that is one (token, head), keeps a running
-maximum m, a running sum and an unscaled output; a tile with a larger maximum m' first shrinks both by
-exp(m - m'). So the scratch is a few KiB of stack whatever the context is, and every key and value is read
-once per tile of queries. All heads of a kv head are done together: they share the loads.
+The positions are visited in tiles (of 64, say). A row, that is one (token, head), keeps a running
+maximum m, a running sum and an unscaled output; a tile with a larger maximum m' first shrinks both
+by exp(m - m'). So the scratch is a few KiB of stack whatever the context is, and every key and
+value is read once per tile of queries. The heads of a kv head are done together: they share loads.
 
-The cache layout is that of `rope.py`. Keys are transposed in blocks of 16 positions, so lanes are positions
-in q . k, and a query element is broadcast; for the values lanes are columns of D and a weight is broadcast.
-Positions after p are never used: their scores are masked and their values not read, whatever the memory
-holds (a padded chunk leaves garbage there).
+The cache layout is that of `rope.py`. Keys are transposed in blocks of 16 positions, so in q . k
+lanes are positions and an element of q is broadcast; for the values lanes are columns of D and a
+weight is broadcast. Positions after p are never used: their scores are masked and their values not
+read, whatever the memory holds (a padded chunk leaves garbage there).
 
-An int8 cache has (scale a, zero point z) per position: s[i] = a (q . codes - z sum q), and for the values
-the weight becomes w a, with sum_i w a z taken off the output.
+An int8 cache has (scale a, zero point z) per position: s[i] = a (q . codes - z sum q), and for the
+values the weight w becomes w a, and sum_i w a z is taken off the output.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ KNOBS: Mapping[str, tuple[int, ...]] = {
         8,
         16,
         32,
-    ),  # tokens of a work item, which share the widened keys and values
+    ),  # tokens of a work item; they share the widened cache
     "score_vectors": (1, 2, 4, 8),  # vectors of positions times heads: accumulators of q . k
     "value_vectors": (1, 2, 4, 8),  # vectors of columns times heads: accumulators of the output
 }
@@ -115,8 +115,8 @@ def default(shape: AttentionShape, isa: Isa) -> dict[str, int]:
 def make(shape: AttentionShape, isa: Isa, *, name: str | None = None, **knobs: int) -> PrimFunc:
     """Build `attention`; work = kv_heads * tokens / queries.
 
-    Arguments of the kernel: q f32 [T, H D], the cache tensors, meta i32 [2] (position of token 0; the
-    rest is unused), and the output f32 [T, H D].
+    Arguments of the kernel: q f32 [T, H D], the cache tensors, meta i32 [2] (position of token 0;
+    the rest is unused), and the output f32 [T, H D].
     """
     width = shape.heads * shape.cache.head_dim
     items = shape.tokens // knobs["queries"]

@@ -28,7 +28,7 @@ CASES = [
 
 
 class Case:
-    """Random q, k, v rounded to what the cache holds, and a cache with NaN after the last position."""
+    """Random q, k, v, and a cache that holds them and NaN after the last position."""
 
     def __init__(self, case, position, dtype):
         tokens, heads, kv_heads, head_dim, capacity = case
