@@ -1,0 +1,258 @@
+"""Operation by operation: run a library step by step and compare each step with the reference.
+
+Before a step its actual inputs are copied from the session's memory; after it, what it wrote is
+compared with the reference of those inputs (`verify_families.py`), so errors do not add up and the
+first operation that fails is the guilty one. What a step reads must be what another step wrote:
+a memory plan that reuses a place too early is found as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamac.compiler.checkpoint import Checkpoint
+from llamac.compiler.verify_compare import EXACT_DB, LARGEST
+from llamac.compiler.verify_families import StepReference, StepRun
+from llamac.runtime.library import NativeSession
+from llamac.targets.program import SPACES, Function, Pack, Program, ProgramTensor, Step
+
+Array = NDArray[Any]
+
+_NUMPY_DTYPES = {"bfloat16": "uint16"}
+# Rows of a cache are looked at in whole blocks of this many positions, and one block more.
+_CACHE_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class OperationResult:
+    """One step of a function beside its reference.
+
+    Attributes:
+        name: kernel and what it works on, "qmatmul_... (layers.0.attention.wo)".
+        function: of the program.
+        step: index in the function.
+        kernel: name of the kernel.
+        family: of the kernel.
+        sqnr_db: lowest of all that the step wrote; 300 if all is equal.
+        max_error: largest error, relative to the largest magnitude of its row.
+        mismatched_codes: integers that differ from the reference, near ties included.
+        failure: what is wrong, "" if nothing is.
+    """
+
+    name: str
+    function: str
+    step: int
+    kernel: str
+    family: str
+    sqnr_db: float
+    max_error: float
+    mismatched_codes: int
+    failure: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the step computes what the reference computes."""
+        return not self.failure
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        return asdict(self)
+
+
+class SessionMemory:
+    """Tensors of a program in the memory of a session, as views."""
+
+    def __init__(self, session: NativeSession, program: Program) -> None:
+        self._spaces = {
+            space: _bytes_at(session.memory(SPACES.index(space)), size)
+            for space, size in (("arena", program.arena_bytes), ("kv", program.kv_bytes))
+        }
+
+    def view(self, tensor: ProgramTensor) -> Array:
+        """The tensor where it lies; kernels change it."""
+        data = self._spaces[tensor.space][tensor.offset : tensor.offset + tensor.num_bytes]
+        dtype = _NUMPY_DTYPES.get(tensor.dtype, tensor.dtype)
+        return data.view(dtype).reshape(tensor.shape)
+
+    def cache_rows(self, tensor: ProgramTensor, count: int) -> Array:
+        """A copy of the first `count` positions of a cache tensor, [P, Hkv, D]."""
+        view = self.view(tensor)
+        if view.ndim == 3:
+            return view[:, :count].transpose(1, 0, 2).copy()
+        blocks = view[:, : -(-count // view.shape[3])].transpose(1, 3, 0, 2)
+        return blocks.reshape(-1, *blocks.shape[2:])[:count].copy()
+
+
+def _bytes_at(address: int, size: int) -> NDArray[np.uint8]:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+class StepVerifier:
+    """Runs functions of a library step by step and compares each step.
+
+    Args:
+        program: what the library was built from.
+        session: of the library, with memory of its own.
+        checkpoint: the model.
+        scale_dtype: what the bundle stores int4 group scales as.
+    """
+
+    def __init__(
+        self, program: Program, session: NativeSession, checkpoint: Checkpoint, scale_dtype: str
+    ) -> None:
+        self._program, self._session, self._checkpoint = program, session, checkpoint
+        self._memory = SessionMemory(session, program)
+        self._reference = StepReference(checkpoint, scale_dtype)
+
+    def verify(
+        self,
+        function: Function,
+        tokens: Sequence[int],
+        position: int,
+        advance: Callable[[str], None],
+    ) -> Iterator[OperationResult]:
+        """Run a function and yield the result of each step.
+
+        Args:
+            function: of the program.
+            tokens: as many as the function takes.
+            position: of the first token; keys and values before it are in the cache.
+            advance: called with the name of each step before it runs.
+        """
+        self._set(function.tokens, tokens)
+        self._set(function.meta, [position, function.num_tokens - 1])
+        trace = _Trace(self._program, function, self._memory)
+        for index, step in enumerate(function.steps):
+            name = trace.name(index)
+            advance(name)
+            yield self._verify_step(function, index, step, position, trace, name)
+
+    def missing_weights(self, function: Function) -> list[str]:
+        """Names of layers of the checkpoint that no step of a function reads."""
+        tensors = (self._program.tensors[i] for step in function.steps for i in step.operands)
+        used = {source for t in tensors if t.pack is not None for source in t.pack.sources}
+        needed = {_layer_of(name) for name in self._checkpoint.weights.names()}
+        if self._checkpoint.shared_embedding:
+            needed.discard("output")
+        return sorted(needed - used)
+
+    def _set(self, tensor: int, values: Sequence[int]) -> None:
+        self._memory.view(self._program.tensors[tensor])[:] = values
+
+    def _verify_step(
+        self, function: Function, index: int, step: Step, position: int, trace: _Trace, name: str
+    ) -> OperationResult:
+        """Run one step and compare what it wrote."""
+        operands = [self._program.tensors[i] for i in step.operands]
+        caches = {t.name.rpartition(".")[2]: t for t in operands if t.space == "kv"}
+        end = position + function.num_tokens
+        count = (end // _CACHE_BLOCK + 2) * _CACHE_BLOCK
+        before = {part: self._memory.cache_rows(t, count) for part, t in caches.items()}
+        inputs, clobbered = trace.read(step)
+        self._session.run_steps(function.name, index, 1)
+        run = StepRun(
+            kernel=self._program.kernels[step.kernel],
+            inputs=inputs,
+            producers=trace.producers(step),
+            packs={t.pack.layout: t.pack for t in operands if t.pack is not None},
+            cache_before=before,
+            cache={part: self._memory.cache_rows(t, count) for part, t in caches.items()},
+            outputs=trace.wrote(step, index),
+        )
+        comparisons = self._reference.compare(run)
+        failures = [clobbered, self._reference.misplaced(run)]
+        failures += [str(c) for c in comparisons if not c.passed]
+        return OperationResult(
+            name=name,
+            function=function.name,
+            step=index,
+            kernel=run.kernel.name,
+            family=run.kernel.family,
+            sqnr_db=min((c.sqnr_db for c in comparisons), default=EXACT_DB),
+            max_error=min(LARGEST, max((c.max_error for c in comparisons), default=0.0)),
+            mismatched_codes=sum(c.mismatched for c in comparisons),
+            failure=next((failure for failure in failures if failure), ""),
+        )
+
+
+class _Trace:
+    """Which step wrote which tensor of a function, and what."""
+
+    def __init__(self, program: Program, function: Function, memory: SessionMemory) -> None:
+        self._program, self._function, self._memory = program, function, memory
+        # Producers are -1 for the function's own inputs.
+        self._writers = {function.tokens: -1, function.meta: -1}
+        self._checksums = {i: self._checksum(i) for i in self._writers}
+
+    def read(self, step: Step) -> tuple[tuple[Array, ...], str]:
+        """Copies of the arena tensors that a step reads, and what is wrong with them, or ""."""
+        read = [i for i in step.operands if i in self._writers]
+        changed = [i for i in read if self._checksum(i) != self._checksums[i]]
+        problem = ""
+        if changed:
+            writer = self._writers[changed[0]]
+            origin = "the caller" if writer < 0 else self.name(writer)
+            problem = f"its input was overwritten since {origin} wrote it: the memory plan is wrong"
+        return tuple(self._memory.view(self._program.tensors[i]).copy() for i in read), problem
+
+    def wrote(self, step: Step, index: int) -> tuple[Array, ...]:
+        """Copies of the arena tensors that a step is the first to touch: its outputs."""
+        written = [i for i in step.operands if self._is_arena(i) and i not in self._writers]
+        for i in written:
+            self._writers[i] = index
+            self._checksums[i] = self._checksum(i)
+        return tuple(self._memory.view(self._program.tensors[i]).copy() for i in written)
+
+    def producers(self, step: Step) -> tuple[str, ...]:
+        """Families of the kernels that wrote the tensors that a step reads."""
+        return tuple(self._family(self._writers[i]) for i in step.operands if i in self._writers)
+
+    def name(self, index: int) -> str:
+        """Kernel of a step and the layers that it works on, or prepares the input of."""
+        kernel = self._program.kernels[self._function.steps[index].kernel]
+        layers = self._layers(index)
+        for later in range(index + 1, len(self._function.steps)):
+            if layers:
+                break
+            layers = self._layers(later)
+            layers = [f"before {layers[0]}"] if layers else []
+        return f"{kernel.name} ({', '.join(layers)})" if layers else kernel.name
+
+    def _layers(self, index: int) -> list[str]:
+        """Layers whose weights or caches a step touches."""
+        tensors = [self._program.tensors[i] for i in self._function.steps[index].operands]
+        caches = [t.name.rpartition(".")[0] for t in tensors if t.space == "kv"]
+        packs: list[Pack] = [t.pack for t in tensors if t.pack is not None]
+        return caches[:1] if caches else list(packs[0].sources) if packs else []
+
+    def _family(self, writer: int) -> str:
+        if writer < 0:
+            return ""
+        return self._program.kernels[self._function.steps[writer].kernel].family
+
+    def _is_arena(self, index: int) -> bool:
+        return self._program.tensors[index].space == "arena"
+
+    def _checksum(self, index: int) -> int:
+        return zlib.crc32(self._memory.view(self._program.tensors[index]).tobytes())
+
+
+def _layer_of(name: str) -> str:
+    """The layer that a tensor of a checkpoint belongs to: "layers.0.attention.wq"."""
+    return name.partition(".adaptor.")[0].removesuffix(".weight").removesuffix(".scales")
+
+
+def worst_by_kernel(operations: Sequence[OperationResult]) -> Mapping[str, float]:
+    """The lowest SQNR in dB of each kernel, by "function: kernel"."""
+    worst: dict[str, float] = {}
+    for operation in operations:
+        key = f"{operation.function}: {operation.kernel}"
+        worst[key] = min(worst.get(key, EXACT_DB), operation.sqnr_db)
+    return worst
