@@ -2,7 +2,7 @@
 
 For query token t at position p = meta[0] + t and query head h of key/value head g, over i <= p:
 
-    s[i] = q . k[g, i] / sqrt(D)       out = sum_i exp(s[i] - max s) v[g, i] / sum_i exp(s[i] - max s)
+    s[i] = q . k[g, i] / sqrt(D)  w[i] = exp(s[i] - max s)    out = sum_i w[i] v[g, i] / sum_i w[i]
 
 The positions are visited in tiles (of 64, say). A row, that is one (token, head), keeps a running
 maximum m, a running sum and an unscaled output; a tile with a larger maximum m' first shrinks both

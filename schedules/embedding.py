@@ -1,10 +1,11 @@
-"""Embedding: gather a row of the table for each token.
+"""Embedding: rows of a table, widened to float32.
 
-    x[t, k] = table[tokens[t], k] * scales[tokens[t]]           int8 per channel
-    x[t, k] = table[tokens[t], k]                               bfloat16
+    x[t] = table[tokens[t]] * scales[tokens[t]]     int8 codes with one scale per row
+    x[t] = table[tokens[t]]                         bfloat16
 
-The table is [V, K] row by row, or, when the output layer shares it, in that kernel's blocks of 16 rows
-(`qmatmul_int8.py`: [V/16][K/4][16 x 4 bytes]; `matmul.py`: [V/16][K][16]), read with a stride.
+The table is [V, K] row by row, or in the blocks of the output layer when both share one table.
+
+Token ids must be in 0 .. V-1; the runtime checks them before it starts a chunk.
 """
 
 from __future__ import annotations
@@ -17,44 +18,46 @@ from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.isa import Isa
-from llamac.schedules.kernel import KernelBuilder, store
+from llamac.schedules.kernel import KernelBuilder, opaque, store
+from llamac.schedules.loop import loop
 
 VERSION = 1
 KNOBS: Mapping[str, tuple[int, ...]] = {}
-ROWS = 16
+ROWS = 16  # rows of a packed block
 
 
 @dataclass(frozen=True)
 class EmbeddingShape:
-    """Table [vocab, dim], dim a multiple of 32.
+    """x [tokens, k] from a table [vocab, k]; k is a multiple of 32.
 
     Attributes:
-        tokens: rows to gather.
+        tokens: rows to look up.
         vocab: rows of the table; a multiple of 16 in blocks.
-        dim: columns.
-        form: "int8" with a float32 scale per row, or "bf16" as bits in uint16.
-        blocks: the table is in the output layer's blocks.
+        k: columns.
+        dtype: "int8" or "bfloat16".
+        blocks: the table is the output layer's, in that kernel's blocks of 16 rows.
     """
 
     tokens: int
     vocab: int
-    dim: int
-    form: str = "int8"
+    k: int
+    dtype: str = "int8"
     blocks: bool = False
 
     @property
     def table_shape(self) -> tuple[int, ...]:
-        """Shape of the table as the kernel reads it."""
+        """Shape of the table as the kernel reads it (see `qmatmul_int8.py` and `matmul.py`)."""
         if not self.blocks:
-            return (self.vocab, self.dim)
-        if self.form == "int8":
-            return (self.vocab // ROWS, self.dim // 4, 4 * ROWS)
-        return (self.vocab // ROWS, self.dim, ROWS)
+            return (self.vocab, self.k)
+        if self.dtype == "int8":
+            return (self.vocab // ROWS, self.k // 4, 4 * ROWS)
+        return (self.vocab // ROWS, self.k, ROWS)
 
 
 def valid(shape: EmbeddingShape, isa: Isa, knobs: Mapping[str, int]) -> bool:
-    """Whether rows are whole vectors."""
-    return shape.dim % 32 == 0 and not (shape.blocks and shape.vocab % ROWS) and not knobs
+    """Whether rows are cut into whole vectors and the type is known."""
+    in_blocks = not shape.blocks or shape.vocab % ROWS == 0
+    return shape.k % 32 == 0 and shape.dtype in {"int8", "bfloat16"} and in_blocks and not knobs
 
 
 def default(shape: EmbeddingShape, isa: Isa) -> dict[str, int]:
@@ -63,47 +66,51 @@ def default(shape: EmbeddingShape, isa: Isa) -> dict[str, int]:
 
 
 def make(shape: EmbeddingShape, isa: Isa, *, name: str | None = None) -> PrimFunc:
-    """Build `embedding(tokens i32[T], table, scales f32[V]) -> x f32[T, K]`; work = T.
+    """Build `embedding(tokens i32[T], table [, scales f32[V]]) -> x f32[T,K]`; work = T.
 
-    The bfloat16 form has no scales.
+    The table is int8 with scales, or bfloat16 (as uint16 bits) without.
     """
-    level = isa.name.replace("-", "_")
-    name = name or f"embedding_f32_{shape.form}_{shape.tokens}x{shape.dim}_{level}"
-    with KernelBuilder(name, shape.tokens) as b:
+    is_int8 = shape.dtype == "int8"
+    with KernelBuilder(name or _name(shape, isa), shape.tokens) as b:
         tokens = b.input("tokens", (shape.tokens,), "int32")
-        dtype = "int8" if shape.form == "int8" else "uint16"
-        table = b.input("table", shape.table_shape, dtype)
-        scales = b.input("scales", (shape.vocab,), "float32") if shape.form == "int8" else None
-        x = b.output("x", (shape.tokens, shape.dim), "float32")
-        with b.items() as t:
-            row = T.Bind(T.Cast("int64", tokens[t]))
-            scale = T.Bind(scales[row]) if scales is not None else None
-            if shape.blocks:
-                _from_blocks(shape, table, row, scale, x, t)
-            else:
-                _from_rows(shape, isa, table, row, scale, x, t)
+        table = b.input("table", shape.table_shape, "int8" if is_int8 else "uint16")
+        scales = b.input("scales", (shape.vocab,), "float32") if is_int8 else None
+        x = b.output("x", (shape.tokens, shape.k), "float32")
+        with b.items() as item:
+            row = opaque(T.Cast("int64", tokens[item]))
+            scale = None if scales is None else T.Bind(scales[row])
+            emit = _from_blocks if shape.blocks else _from_rows
+            emit(shape, isa, table, row, scale, x, item)
     return b.func
 
 
 def _from_rows(
-    shape: EmbeddingShape, isa: Isa, table: Any, row: Any, scale: Any, x: Any, t: Any
+    shape: EmbeddingShape, isa: Isa, table: Any, row: Any, scale: Any, x: Any, item: Any
 ) -> None:
     """Widen a row, a vector at a time."""
-    with T.serial(0, T.int64(shape.dim // isa.lanes)) as i:
+    with loop(shape.k // isa.lanes) as i:
         value = isa.load(table, row, i * isa.lanes)
         if scale is None:
-            isa.store(x, isa.bfloat16_to_float32(value), t, i * isa.lanes)
+            isa.store(x, isa.bfloat16_to_float32(value), item, i * isa.lanes)
         else:
-            isa.store(x, isa.to_float32(value) * isa.splat(scale), t, i * isa.lanes)
+            isa.store(x, isa.to_float32(value) * isa.splat(scale), item, i * isa.lanes)
 
 
-def _from_blocks(shape: EmbeddingShape, table: Any, row: Any, scale: Any, x: Any, t: Any) -> None:
-    """Pick one row out of its block: a few bytes at a time, but only one row per token."""
-    block, lane = T.Bind(T.floordiv(row, ROWS)), T.Bind(T.floormod(row, ROWS))
-    with T.serial(0, T.int64(shape.dim)) as k:
+def _from_blocks(
+    shape: EmbeddingShape, isa: Isa, table: Any, row: Any, scale: Any, x: Any, item: Any
+) -> None:
+    """Pick one row out of its block: element by element, but only one row per token."""
+    block, lane = row // ROWS, row % ROWS
+    with loop(shape.k) as k:
         if scale is None:
             bits = T.shift_left(T.Cast("uint32", table[block, k, lane]), T.uint32(16))
-            store(x, T.reinterpret("float32", bits), t, k)
+            store(x, T.reinterpret("float32", bits), item, k)
         else:
-            code = table[block, T.floordiv(k, 4), lane * 4 + T.floormod(k, 4)]
-            store(x, T.Cast("float32", code) * scale, t, k)
+            code = table[block, k // 4, lane * 4 + k % 4]
+            store(x, T.Cast("float32", code) * scale, item, k)
+
+
+def _name(shape: EmbeddingShape, isa: Isa) -> str:
+    rhs = "qsi8cx" if shape.dtype == "int8" else "bf16"
+    layout = "_blocks" if shape.blocks else ""
+    return f"embedding_f32_i32_{rhs}{layout}_{shape.tokens}x{shape.vocab}x{shape.k}_{isa.suffix}"
