@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from llamac.runtime.errors import OutputError
@@ -131,7 +132,7 @@ def write_weights(
             put(bytes(tensor.offset - position), tensor.offset - position)
             assert tensor.pack is not None  # every weight has one
             for piece in pieces(tensor.pack):
-                put(memoryview(piece).cast("B"), piece.nbytes)
+                put(piece.reshape(-1).view(np.uint8), piece.nbytes)
                 advance(piece.nbytes, tensor.name)
             if position != tensor.offset + tensor.num_bytes:
                 written = position - tensor.offset

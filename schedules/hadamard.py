@@ -2,10 +2,10 @@
 
     y = H x / sqrt(k),  H natural (Sylvester) order, k a power of two
 
-log2(k) stages of butterflies (a, b) -> (a + b, a - b) at distance 1, 2, 4, ... A pass over the row does several
-stages in registers: the first one those within a vector (shuffles) and across up to 8 neighbouring vectors,
-the others three more each (radix 8). The row lives in `scratch`, which stays in the first-level cache: 8192
-floats need three passes with 16 lanes.
+log2(k) stages of butterflies (a, b) -> (a + b, a - b) at distance 1, 2, 4, ... A pass over the row
+does several stages in registers: the first one those within a vector (shuffles) and across up to 8
+neighbouring vectors, the others three more each (radix 8). The row lives in `scratch`, which stays
+in the first-level cache: 8192 floats need three passes with 16 lanes.
 """
 
 from __future__ import annotations

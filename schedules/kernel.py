@@ -96,8 +96,8 @@ def store(buffer: Buffer, value: Any, *index: Any) -> None:
 def opaque(value: Any, dtype: str = "int64") -> Any:
     """Name a value without telling TVM's analyzer what it is.
 
-    The analyzer looks through `T.Bind` at every use while code is generated; a value that many vector
-    comparisons depend on then takes minutes. LLVM turns this local into a register.
+    The analyzer looks through `T.Bind` at every use while code is generated; a value that many
+    vector comparisons depend on then takes minutes. LLVM turns this local into a register.
     """
     place = local(dtype)
     store(place, value, 0)

@@ -2,8 +2,9 @@
 
     t[m, r] = sum_k x[m, k] * a[r, k]
 
-The wide half, y += scale * B t, is part of the matrix kernel (`qmatmul.py`). A is stored row by row as the
-bfloat16 bits of the checkpoint; the rows of all projections that are computed together are stacked.
+The wide half, y += scale * B t, is part of the matrix kernel (`qmatmul.py`). A is stored row by row
+as the bfloat16 bits of the checkpoint; the rows of all projections that are computed together are
+stacked.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def _target(*features: str) -> dict[str, Any]:
 class X86Portable(Isa):
     """Any x86-64 (SSE2): plain TIR, so that a bundle is right everywhere.
 
-    Without F16C a cast to or from float16 would call a function of the compiler's library, so both are
-    done on the bits.
+    Without F16C a cast to or from float16 would call a function of the compiler's library, so both
+    are done on the bits.
     """
 
     name = "x86-64"
@@ -91,7 +91,7 @@ class Avx2(Isa):
 
     name = "avx2"
     lanes = 8
-    features = ("avx2", "fma", "f16c")
+    features: tuple[str, ...] = ("avx2", "fma", "f16c")
     target = _target("+avx2", "+fma", "+f16c")
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:

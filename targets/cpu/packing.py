@@ -25,8 +25,8 @@ def int4_codes(codes: Array) -> Array:
     """int8 [n, k] in -8..7 -> uint8 [n/16, k/32, 256]; nibble order as in schedules/qmatmul.py."""
     n, k = codes.shape
     words = np.ascontiguousarray(codes).view(np.uint32).reshape(n // ROWS, ROWS, k // GROUP, 4, 2)
-    words = (words & 0x0F0F0F0F) ^ 0x08080808  # two's complement nibble -> value + 8
-    packed = (words[..., 0] | (words[..., 1] << 4)).transpose(0, 2, 3, 1)
+    nibbles = (words & 0x0F0F0F0F) ^ 0x08080808  # two's complement nibble -> value + 8
+    packed = (nibbles[..., 0] | (nibbles[..., 1] << 4)).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(packed).view(np.uint8).reshape(n // ROWS, k // GROUP, 256)
 
 
@@ -67,7 +67,8 @@ def int4_ksum(codes: Array, scales: Array) -> Array:
     """float32 [n]: sum over groups of the (rounded) scale times the sum of the group's codes."""
     n, k = codes.shape
     sums = codes.reshape(n, k // GROUP, GROUP).sum(axis=2, dtype=np.int32)
-    return (sums * scale_values(scales)).sum(axis=1).astype(np.float32)
+    ksum: Array = (sums * scale_values(scales)).sum(axis=1)
+    return ksum.astype(np.float32)
 
 
 def rope_rows(table: Array) -> Array:
@@ -98,7 +99,7 @@ class Packer:
             "int4.codes": lambda w: int4_codes(w["weight"]),
             "int4.scales": lambda w: block_columns(to_scale_dtype(w["scales"], scale_dtype)),
             "int4.ksum": lambda w: int4_ksum(w["weight"], to_scale_dtype(w["scales"], scale_dtype)),
-            "int8.codes": lambda w: int8_codes(w["weight"]),
+            "int8.blocks": lambda w: int8_codes(w["weight"]),
             "int8.wsum": lambda w: w["weight"].sum(axis=1, dtype=np.int32),
             "int8.scales": lambda w: w["scales"].astype(np.float32),
             "int8.rows": lambda w: w["weight"],

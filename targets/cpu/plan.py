@@ -19,7 +19,8 @@ from tvm.relax import Var
 
 from llamac.runtime.errors import CoverageError
 from llamac.schedules.kernel import num_outputs
-from llamac.targets.cpu.selection import STATE_PARTS, Selection, entry_functions
+from llamac.targets.cpu.composite_calls import entry_functions
+from llamac.targets.cpu.emitter import STATE_PARTS, Selection
 from llamac.targets.program import (
     Function,
     Program,

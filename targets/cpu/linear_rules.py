@@ -1,0 +1,152 @@
+"""Selection rules for linear layers: which of them one kernel covers, and with which epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm.relax import Var
+
+from llamac.schedules.lora import LoraShape
+from llamac.schedules.matmul import MatmulShape
+from llamac.schedules.qmatmul import GROUP, GROUP_BYTES, ROWS, QMatmulShape
+from llamac.schedules.qmatmul_int8 import QMatmulInt8Shape
+from llamac.schedules.quantize import QuantizeShape
+from llamac.targets.cpu.composite_calls import Call, dims, prefix
+from llamac.targets.cpu.emitter import Columns, FunctionState, Quantized
+
+
+class LinearRules(FunctionState):
+    """Rules for `llamac.qlinear` and `llamac.linear`."""
+
+    def _codes_of(self, x: Var) -> Quantized:
+        """Codes of a linear layer's input; a kernel makes them unless one has already."""
+        if x not in self._quantized:
+            tokens, k = dims(x)
+            name = f"quantize_{tokens}x{k}"
+            shape = QuantizeShape(tokens, k)
+            value = self._values[x]
+            codes = self._kernel("quantize", shape, name, [value], code_outputs(tokens, k))
+            self._quantized[x] = Quantized(codes[0], codes[1], codes[2], value)
+        return self._quantized[x]
+
+    def _select_qlinear(self, call: Call) -> None:
+        if call.attrs["weight"] == "int8":
+            self._select_int8(call)
+            return
+        calls, epilogue, extra = self._tile(call)
+        n, k = sum(dims(c.args[1])[0] for c in calls), dims(call.args[1])[1]
+        sources = [prefix(c.args[1]) for c in calls]
+        codes = self._codes_of(call.args[0])
+        inputs: list[Var] = [codes.codes, codes.qparams, codes.offsets]
+        inputs += self._int4_weights(sources, n, k, epilogue == "swiglu")
+        rank, scale, splits = 0, 1.0, tuple[int, ...]()
+        if len(call.args) > 3:
+            rank, scale = dims(call.args[3])[0], call.attrs["lora_scale"]
+            splits = tuple(dims(c.args[1])[0] for c in calls)
+            inputs += self._lora_branch(call, codes, sources, n, rank, epilogue == "swiglu")
+        shape = QMatmulShape(
+            self._rows(call), n, k, self._scale_dtype, epilogue, rank, scale, splits
+        )
+        self._linear_kernel("qmatmul", "qai8dx_qsi4c32", shape, calls, inputs + extra)
+
+    def _int4_weights(self, sources: Sequence[str], n: int, k: int, swiglu: bool) -> list[Var]:
+        groups, bits = k // GROUP, "float16" if self._scale_dtype == "float16" else "uint16"
+        blocks = n // ROWS
+        return [
+            self._packed("int4.codes", sources, (blocks, groups, GROUP_BYTES), "uint8", swiglu),
+            self._packed("int4.scales", sources, (blocks, groups, ROWS), bits, swiglu),
+            self._packed("int4.ksum", sources, (n,), "float32", swiglu),
+        ]
+
+    def _lora_branch(
+        self, call: Call, codes: Quantized, sources: Sequence[str], n: int, rank: int, swiglu: bool
+    ) -> list[Var]:
+        """Emit t = A x for all fused projections; return t and the packed B."""
+        tokens, k = dims(call.args[0])
+        if codes.values is None:
+            raise self._uncovered(call, "its LoRA branch needs activations that are not stored")
+        total = rank * len(sources)
+        a = self._packed("lora.a", sources, (total, k), "uint16")
+        name = f"lora_a_{tokens}x{total}x{k}"
+        shape = LoraShape(tokens, total, k)
+        outputs = [((tokens, total), "float32")]
+        [t] = self._kernel("lora", shape, name, [codes.values, a], outputs)
+        return [t, self._packed("lora.b", sources, (n // ROWS, rank, ROWS), "uint16", swiglu)]
+
+    def _select_int8(self, call: Call) -> None:
+        x, weight, _ = call.args
+        n, k = dims(weight)
+        codes, source = self._codes_of(x), [prefix(weight)]
+        inputs = [
+            codes.codes,
+            codes.qparams,
+            self._packed("int8.blocks", source, (n // ROWS, k // 4, 4 * ROWS), "int8"),
+            self._packed("int8.scales", source, (n,), "float32"),
+            self._packed("int8.wsum", source, (n,), "int32"),
+        ]
+        rows = self._rows(call)
+        shape = QMatmulInt8Shape(rows, n, k)
+        name = f"qmatmul_f32_qai8dx_qsi8cx_{rows}x{n}x{k}"
+        outputs = [((rows, n), "float32")]
+        [result] = self._kernel("qmatmul_int8", shape, name, inputs, outputs)
+        self._values[call.var] = result
+
+    def _select_linear(self, call: Call) -> None:
+        calls, epilogue, extra = self._tile(call)
+        n, k = sum(dims(c.args[1])[0] for c in calls), dims(call.args[1])[1]
+        sources = [prefix(c.args[1]) for c in calls]
+        packed = (n // ROWS, k, ROWS)
+        weights = self._packed("bf16.blocks", sources, packed, "uint16", epilogue == "swiglu")
+        shape = MatmulShape(self._rows(call), n, k, epilogue)
+        inputs = [self._values[call.args[0]], weights, *extra]
+        self._linear_kernel("matmul", "f32_bf16", shape, calls, inputs)
+
+    def _tile(self, call: Call) -> tuple[list[Call], str, list[Var]]:
+        """The linear layers that one kernel covers, its epilogue, and the epilogue's inputs."""
+        siblings = [
+            use
+            for use in self._uses[call.args[0]]
+            if use.kind == call.kind and use.attrs == call.attrs and len(use.args) == len(call.args)
+        ]
+        users = [self._uses.get(c.var, []) for c in siblings]
+        if len(siblings) == 2 and all(u == users[0] and len(u) == 1 for u in users):
+            [user] = users[0]
+            if user.kind == "swiglu" and [c.var for c in siblings] == list(user.args):
+                return siblings, "swiglu", []
+        if len(siblings) == 1 and len(users[0]) == 1 and users[0][0].kind == "add":
+            other = [arg for arg in users[0][0].args if arg != call.var]
+            if len(other) == 1 and isinstance(self._values.get(other[0]), Var):
+                return siblings, "residual", [self._values[other[0]]]
+        return siblings, "none", []
+
+    def _linear_kernel(
+        self, family: str, operands: str, shape: Any, calls: Sequence[Call], inputs: Sequence[Var]
+    ) -> None:
+        """Emit a matrix kernel and bind its result to the composites that it covers."""
+        suffix = "" if shape.epilogue == "none" else f"_{shape.epilogue}"
+        if getattr(shape, "lora_rank", 0):
+            suffix += f"_lora{shape.lora_rank}x{len(shape.lora_splits)}"
+        name = f"{family}_f32_{operands}{suffix}_{shape.m}x{shape.n}x{shape.k}"
+        outputs = [((shape.m, shape.columns), "float32")]
+        [result] = self._kernel(family, shape, name, inputs, outputs)
+        if shape.epilogue == "none":
+            first = 0
+            for call in calls:
+                count = dims(call.args[1])[0]
+                whole = len(calls) == 1
+                self._values[call.var] = result if whole else Columns(result, first, count)
+                first += count
+            self._covered.update(call.var for call in calls)
+            return
+        [user] = self._uses[calls[0].var]
+        self._values[user.var] = result
+        self._covered.update([user.var, *(call.var for call in calls)])
+
+    def _rows(self, call: Call) -> int:
+        return dims(call.args[0])[0]
+
+
+def code_outputs(tokens: int, k: int) -> list[tuple[tuple[int, ...], str]]:
+    """Shapes of codes, (scale, zero point) and group offsets."""
+    return [((tokens, k), "int8"), ((tokens, 2), "float32"), ((tokens, k // GROUP), "int32")]
