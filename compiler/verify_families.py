@@ -29,7 +29,7 @@ from llamac.compiler.verify_compare import (
     compare_float16,
 )
 from llamac.runtime.errors import NumericsError
-from llamac.targets.program import Pack, ProgramKernel
+from llamac.targets.program import ProgramKernel
 
 Array = NDArray[Any]
 
@@ -47,7 +47,7 @@ class StepRun:
         kernel: that ran.
         inputs: arena tensors that it read, as they were before it ran.
         producers: family of the kernel that wrote each input, "" for the function's own inputs.
-        packs: what the weights that it read were packed from, by layout.
+        sources: layers of the checkpoint whose weights it read, of each weight operand.
         cache_before: rows of the KV cache around the chunk, by part, before the step.
         cache: the same rows after it; [P, Hkv, D], of "k_params" and "v_params" [P, Hkv, 2].
         outputs: arena tensors that it wrote.
@@ -56,10 +56,15 @@ class StepRun:
     kernel: ProgramKernel
     inputs: tuple[Array, ...]
     producers: tuple[str, ...]
-    packs: Mapping[str, Pack]
+    sources: tuple[tuple[str, ...], ...]
     cache_before: Mapping[str, Array]
     cache: Mapping[str, Array]
     outputs: tuple[Array, ...]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layers of the checkpoint whose weights it read, () if none."""
+        return self.sources[0] if self.sources else ()
 
 
 class StepReference:
@@ -106,11 +111,12 @@ class StepReference:
             return family(run)
 
     def misplaced(self, run: StepRun) -> str:
-        """Say which operation should stand before this one and does not; "" if all is well."""
+        """Say what is wrong with the place of an operation among the others; "" if nothing is."""
+        if len(set(run.sources)) > 1:
+            return f"its operands belong to different layers: {sorted(set(run.sources))}"
         if run.kernel.family != "qmatmul":
             return ""
-        sources = run.packs["int4.codes"].sources
-        needs_r4 = self._quant.hadamard_r4 and sources[0].endswith(".feed_forward.w2")
+        needs_r4 = self._quant.hadamard_r4 and run.layers[0].endswith(".feed_forward.w2")
         if needs_r4 != (run.producers[0] == "hadamard"):
             verb = "lacks" if needs_r4 else "must not have"
             return f"its input {verb} the Hadamard transform R4"
@@ -122,7 +128,7 @@ class StepReference:
 
     def _embedding(self, run: StepRun) -> list[Comparison]:
         [tokens], [x] = run.inputs, run.outputs
-        [name] = next(iter(run.packs.values())).sources
+        [name] = run.layers
         table = self._weights.read(f"{name}.weight")
         if f"{name}.scales" in self._names:
             rows = reference.embedding(tokens, table, self._weights.read(f"{name}.scales"))
@@ -131,7 +137,7 @@ class StepReference:
         return [compare_equal("x", x, rows.astype(np.float32))]
 
     def _norm(self, run: StepRun) -> list[Comparison]:
-        [name] = run.packs["float32"].sources
+        [name] = run.layers
         gamma = widen(self._weights.read(f"{name}.weight"))
         expected = reference.rms_norm(run.inputs[0], gamma, self._config.norm_eps)
         if len(run.outputs) == 1:
@@ -168,9 +174,8 @@ class StepReference:
 
     def _qmatmul(self, run: StepRun) -> list[Comparison]:
         codes, has_lora = _codes_of(run), "lora" in run.producers
-        pack = run.packs["int4.codes"]
         parts = []
-        for i, name in enumerate(pack.sources):
+        for i, name in enumerate(run.layers):
             scales = round_to(self._weights.read(f"{name}.scales"), self._scale_dtype)
             part = reference.qlinear_int4(codes, self._weights.read(f"{name}.weight"), scales)
             if has_lora and self._quant.lora is not None:
@@ -182,19 +187,18 @@ class StepReference:
         return [_with_epilogue(run, parts, num_inputs=4 if has_lora else 3)]
 
     def _qmatmul_int8(self, run: StepRun) -> list[Comparison]:
-        [name] = run.packs["int8.codes"].sources
+        [name] = run.layers
         weight, scales = (self._weights.read(f"{name}.{part}") for part in ("weight", "scales"))
         logits = reference.qlinear_int8(_codes_of(run), weight, scales)
         return [compare_close("logits", run.outputs[0], logits)]
 
     def _matmul(self, run: StepRun) -> list[Comparison]:
-        weights = (self._weights.read(f"{n}.weight") for n in run.packs["bf16.blocks"].sources)
+        weights = (self._weights.read(f"{n}.weight") for n in run.layers)
         parts = [_linear(run.inputs[0], weight) for weight in weights]
         return [_with_epilogue(run, parts, num_inputs=1)]
 
     def _lora(self, run: StepRun) -> list[Comparison]:
-        names = run.packs["lora.a"].sources
-        weights = (self._weights.read(f"{name}.adaptor.A.weight") for name in names)
+        weights = (self._weights.read(f"{name}.adaptor.A.weight") for name in run.layers)
         parts = [_linear(run.inputs[0], weight) for weight in weights]
         return [compare_close("t", run.outputs[0], np.concatenate(parts, axis=1))]
 

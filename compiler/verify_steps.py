@@ -161,7 +161,7 @@ class StepVerifier:
             kernel=self._program.kernels[step.kernel],
             inputs=inputs,
             producers=trace.producers(step),
-            packs={t.pack.layout: t.pack for t in operands if t.pack is not None},
+            sources=tuple(t.pack.sources for t in operands if t.pack is not None),
             cache_before=before,
             cache={part: self._memory.cache_rows(t, count) for part, t in caches.items()},
             outputs=trace.wrote(step, index),
