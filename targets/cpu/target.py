@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llamac.schedules.intrin.isa import Isa
 
 LIBRARY = Path("lib/libmodel.so")
+HEADER = Path("include/llamac.h")
 RUNTIME_SOURCES = Path(__file__).parents[2] / "runtime" / "c"
 
 
@@ -105,7 +106,10 @@ class CpuTarget(Target):
             exports=["llamac_*", "__tvm_ffi_*"],
         )
         progress("link", len(levels) + 1, len(levels) + 1)
-        return [Artifact(LIBRARY, "library")]
+        header = out / HEADER
+        header.parent.mkdir(exist_ok=True)
+        header.write_bytes((RUNTIME_SOURCES / HEADER.name).read_bytes())
+        return [Artifact(LIBRARY, "library"), Artifact(HEADER, "header")]
 
     def _compile(self, lowered: Lowered, isa: Isa, suffix: str, out: Path) -> None:
         """Compile all kernels of a program for one instruction set into one object file."""
