@@ -14,8 +14,8 @@ lanes are positions and an element of q is broadcast; for the values lanes are c
 weight is broadcast. Positions after p are never used: their scores are masked and their values not
 read, whatever the memory holds (a padded chunk leaves garbage there).
 
-An int8 cache has (scale a, zero point z) per position: s[i] = a (q . codes - z sum q), and for the
-values the weight w becomes w a, and sum_i w a z is taken off the output.
+An int8 cache has a scale a and a zero point z per position; its codes become a * code - a * z where
+they are loaded, which is one fma.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tvm import tirx
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from llamac.schedules.intrin.isa import Isa, vector
+from llamac.schedules.intrin.isa import Isa, pick, vector
 from llamac.schedules.kernel import KernelBuilder, local, opaque, store
 from llamac.schedules.loop import loop, when
 from llamac.schedules.rope import BLOCK, CacheShape, CacheTensors
@@ -158,12 +158,11 @@ class _Item:
         rows = self.queries * self.group
         self.best = local("float32", rows)
         self.total = local("float32", rows * isa.lanes)
-        self.zeros = local("float32", rows * isa.lanes) if self.is_int8 else None
         self.sums = local("float32", rows * self.head_dim)
         self.weights = local("float32", self.group * self.tile)
         self.shrink = local("float32", self.group)
-        self.wide_k = self.wide_v = None
-        if self.queries > 1:
+        self.is_wide = self.queries > 1
+        if self.is_wide:
             self.wide_k = local("float32", self.head_dim * self.tile)
             self.wide_v = local("float32", self.tile * self.head_dim)
 
@@ -172,7 +171,7 @@ class _Item:
         self._start()
         with loop((position + (self.queries - 1)) // self.tile + 1) as tile:
             base = opaque(tile * self.tile)
-            if self.wide_k is not None:
+            if self.is_wide:
                 self._widen(base)
             with loop(self.queries) as query:
                 count = opaque(T.min(position + query + 1 - base, T.int64(self.tile)))
@@ -187,8 +186,6 @@ class _Item:
         with loop(self.queries * self.group) as row:
             store(self.best, T.float32(LOWEST), row)
             isa.store(self.total, isa.splat(0.0), row * isa.lanes)
-            if self.zeros is not None:
-                isa.store(self.zeros, isa.splat(0.0), row * isa.lanes)
             for j in range(0, self.head_dim, self.columns):
                 zero = isa.splat(0.0, self.columns)
                 isa.store(self.sums, zero, row * self.head_dim + j, lanes=self.columns)
@@ -196,25 +193,46 @@ class _Item:
     def _widen(self, base: Any) -> None:
         """Convert the keys and values of a tile to float32 once for all queries."""
         isa = self.isa
-        with loop(self.head_dim) as d:
-            for offset in range(0, self.tile, isa.lanes):
-                isa.store(self.wide_k, self._cached_key(base, offset, d), d * self.tile + offset)
+        for offset in range(0, self.tile, isa.lanes):
+            params = self._key_params(base + offset)
+            with loop(self.head_dim) as d:
+                key = self._cached_key(base + offset, d, params)
+                isa.store(self.wide_k, key, d * self.tile + offset)
         with loop(self.tile) as i:
+            params = self._value_params(base + i)
             for j in range(0, self.head_dim, self.columns):
-                value = self._cached_value(base + i, j)
+                value = self._cached_value(base + i, j, params)
                 isa.store(self.wide_v, value, i * self.head_dim + j, lanes=self.columns)
 
-    def _cached_key(self, base: Any, offset: Any, d: Any) -> Any:
-        """Element d of the keys from position base + offset, one lane each."""
-        block, slot = (base + offset) // BLOCK, (base + offset) % BLOCK
-        value = self.isa.load(self.cache.k, self.kv_head, block, d, slot)
-        return T.Bind(self.isa.to_float32(value))
+    def _key_params(self, position: Any) -> tuple[Any, Any] | None:
+        """(a, -a z) of the int8 keys from `position`, one lane each."""
+        if not self.is_int8:
+            return None
+        lanes = self.isa.lanes
+        pairs = self.isa.load(self.cache.k_params, self.kv_head, position, 0, lanes=2 * lanes)
+        scale, zero = (T.Bind(pick(T.Bind(pairs), range(i, 2 * lanes, 2))) for i in (0, 1))
+        return scale, T.Bind(self.isa.splat(0.0) - scale * zero)
 
-    def _cached_value(self, position: Any, column: Any) -> Any:
+    def _cached_key(self, position: Any, d: Any, params: tuple[Any, Any] | None) -> Any:
+        """Element d of the keys from `position`, one lane each."""
+        block, slot = position // BLOCK, position % BLOCK
+        value = self.isa.to_float32(self.isa.load(self.cache.k, self.kv_head, block, d, slot))
+        return T.Bind(value if params is None else self.isa.fma(value, *params))
+
+    def _value_params(self, position: Any) -> tuple[Any, Any] | None:
+        """(a, -a z) of one int8 value, in all lanes."""
+        if not self.is_int8:
+            return None
+        scale, zero = (T.Bind(self.cache.v_params[self.kv_head, position, i]) for i in (0, 1))
+        shift = T.float32(0) - scale * zero
+        return tuple(T.Bind(self.isa.splat(x, self.columns)) for x in (scale, shift))
+
+    def _cached_value(self, position: Any, column: Any, params: tuple[Any, Any] | None) -> Any:
         """Columns of one value."""
         lanes = self.columns
-        value = self.isa.load(self.cache.v, self.kv_head, position, column, lanes=lanes)
-        return T.Bind(self.isa.to_float32(value, lanes))
+        codes = self.isa.load(self.cache.v, self.kv_head, position, column, lanes=lanes)
+        value = self.isa.to_float32(codes, lanes)
+        return T.Bind(value if params is None else self.isa.fma(value, *params))
 
     def _scores(self, base: Any, query: Any) -> None:
         """Put the scaled scores of a token's heads with the tile's positions into `weights`."""
@@ -224,11 +242,9 @@ class _Item:
             acc = local(vector("float32", isa.lanes), group * width)
             for i in range(group * width):
                 store(acc, isa.splat(0.0), i)
+            params = [None if self.is_wide else self._key_params(base + o) for o in offsets]
             with loop(self.head_dim) as d:
-                if self.wide_k is None:
-                    keys = [self._cached_key(base, offset, d) for offset in offsets]
-                else:
-                    keys = [T.Bind(isa.load(self.wide_k, d * self.tile + o)) for o in offsets]
+                keys = [self._key(base, o, d, p) for o, p in zip(offsets, params, strict=True)]
                 for h in range(group):
                     element = T.Bind(isa.splat(self.q[self.first + query, self._column(h) + d]))
                     for v, key in enumerate(keys):
@@ -238,6 +254,11 @@ class _Item:
             for h in range(group):
                 for v, offset in enumerate(offsets):
                     isa.store(self.weights, acc[h * width + v] * scale, h * self.tile + offset)
+
+    def _key(self, base: Any, offset: Any, d: Any, params: tuple[Any, Any] | None) -> Any:
+        if not self.is_wide:
+            return self._cached_key(base + offset, d, params)
+        return T.Bind(self.isa.load(self.wide_k, d * self.tile + offset))
 
     def _column(self, member: Any) -> Any:
         """First column of a head of the group in q and out."""
@@ -292,7 +313,8 @@ class _Item:
                 shrink = isa.splat(self.shrink[i // width], lanes)
                 store(acc, isa.load(self.sums, place, lanes=lanes) * shrink, i)
             with loop(count) as p:
-                values = [self._value(base, p, column) for column in columns]
+                params = None if self.is_wide else self._value_params(base + p)
+                values = [self._value(base, p, column, params) for column in columns]
                 for h in range(self.group):
                     weight = T.Bind(isa.splat(self.weights[h * self.tile + p], lanes))
                     for v, value in enumerate(values):
@@ -301,9 +323,9 @@ class _Item:
             for i, place in enumerate(places):
                 isa.store(self.sums, acc[i], place, lanes=lanes)
 
-    def _value(self, base: Any, p: Any, column: Any) -> Any:
-        if self.wide_v is None:
-            return self._cached_value(base + p, column)
+    def _value(self, base: Any, p: Any, column: Any, params: tuple[Any, Any] | None) -> Any:
+        if not self.is_wide:
+            return self._cached_value(base + p, column, params)
         place = p * self.head_dim + column
         return T.Bind(self.isa.load(self.wide_v, place, lanes=self.columns))
 

@@ -81,10 +81,27 @@ def _int8_cache(k, v, capacity):
     return (transpose_keys(keys), values, *params), used
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize(("case", "position"), CASES, ids=str)
-def test_float16_cache(run_kernel, isa, case, position):
-    c = Case(case, position, "float16")
+def test_attention(run_kernel, isa, case, position, dtype):
+    c = Case(case, position, dtype)
     c.assert_close(c.run(run_kernel, isa))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_padding_does_not_reach_valid_tokens(run_kernel, isa, dtype):
+    """Whatever keys and values the padded tokens of a chunk have, the rows before are right."""
+    c = Case((8, 4, 2, 8, 64), 13, dtype)
+    valid, end = 3, 13 + 3
+    for tensor in c.cache:
+        garbage = 55 if tensor.dtype == np.int8 else np.nan
+        if tensor.ndim == 4:
+            tensor[:, end // 16 :, :, :] = garbage
+        else:
+            tensor[:, end:] = garbage
+    out = c.run(run_kernel, isa)
+    c.expected = c.expected[:valid]
+    c.assert_close(out[:valid])
 
 
 def test_items_write_their_own_heads_and_tokens(run_kernel, isa):
