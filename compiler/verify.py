@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from llamac.compiler.blas import single_threaded_blas
 from llamac.compiler.checkpoint import Checkpoint
 from llamac.compiler.describe import describe_model, describe_quantization
 from llamac.compiler.progress import Progress, SilentProgress
@@ -193,7 +194,10 @@ def verify_library(  # noqa: PLR0913 (keywords, each with a default)
         BundleError, CpuUnsupported, OutOfMemory: the library cannot be run here.
         NumericsError: the program has kernels that no reference exists for.
     """
-    with _session(library_path, weights_path, level, threads) as (model, session):
+    with (
+        single_threaded_blas(),
+        _session(library_path, weights_path, level, threads) as (model, session),
+    ):
         info = model.info
         text = list(tokens[: info.context_length])
         functions = _functions_to_verify(program, all_functions)
