@@ -1,0 +1,209 @@
+"""int4 x int8 products equal the reference: epilogues, LoRA, both scale types, knobs, ranges."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from llamac.compiler import reference
+from llamac.compiler.floats import from_bfloat16, round_to, to_bfloat16
+from llamac.schedules import qmatmul
+from llamac.schedules.intrin.x86 import X86_LEVELS, X86Portable
+from llamac.schedules.qmatmul import GROUP, ROWS, QMatmulShape
+from llamac.targets.cpu import packing
+
+# Every m, epilogue and scale type, and LoRA with one, two and three fused projections.
+SHAPES = [
+    QMatmulShape(1, 48, 96),
+    QMatmulShape(1, 64, 64, "bfloat16", "residual"),
+    QMatmulShape(1, 64, 96, "float16", "swiglu"),
+    QMatmulShape(3, 48, 64, "float16", "residual"),
+    QMatmulShape(3, 64, 96, "bfloat16", "swiglu"),
+    QMatmulShape(8, 32, 96, "bfloat16"),
+    QMatmulShape(8, 64, 32, "float16", "swiglu"),
+    QMatmulShape(1, 112, 64, "float16", "none", 4, 2.0, (64, 16, 32)),
+    QMatmulShape(3, 64, 96, "bfloat16", "swiglu", 5, 0.5, (32, 32)),
+    QMatmulShape(8, 32, 64, "float16", "residual", 16, -1.5, (32,)),
+]
+REAL = [(2048, 2048), (3072, 2048), (16384, 2048), (2048, 8192), (5120, 3072)]  # (n, k)
+
+
+def make(shape, isa, **knobs):
+    return qmatmul.make(shape, isa, **(knobs or qmatmul.default(shape, isa)))
+
+
+def weights(shape, seed=0):
+    """Canonical codes [n, k] and scales [n, k/32]."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-8, 8, (shape.n, shape.k)).astype(np.int8)
+    return codes, rng.uniform(0.001, 0.1, (shape.n, shape.k // GROUP)).astype(np.float32)
+
+
+def activations(shape, seed=1):
+    rng = np.random.default_rng(seed)
+    return reference.Quantized(
+        rng.integers(-128, 128, (shape.m, shape.k)).astype(np.int8),
+        rng.uniform(0.001, 0.1, shape.m).astype(np.float32),
+        rng.integers(-128, 128, shape.m).astype(np.int32),
+    )
+
+
+def operands(shape, x, codes, scales):
+    """What the kernel reads of activations and weights."""
+    stored = packing.to_scale_dtype(scales, shape.scale_dtype)
+    return [
+        x.codes,
+        np.stack([x.scale, x.zero_point.astype(np.float32)], axis=1),
+        -8 * reference.group_sums(x.codes, GROUP),
+        packing.int4_codes(codes),
+        packing.block_columns(stored),
+        packing.int4_ksum(codes, stored),
+    ]
+
+
+def lora_branch(shape, t, b):
+    """scale * t @ B.T for each fused projection, with that projection's part of t."""
+    parts, row = [], 0
+    for i, width in enumerate(shape.lora_splits):
+        part = t[:, i * shape.lora_rank : (i + 1) * shape.lora_rank]
+        parts.append(shape.lora_scale * reference.linear(part, b[row : row + width]))
+        row += width
+    return np.concatenate(parts, axis=1)
+
+
+def problem(shape):
+    """Inputs of the kernel, and its result in float64.
+
+    Rows of the weights are given one projection after the other; for swiglu their blocks alternate
+    in what the kernel reads.
+    """
+    rng = np.random.default_rng(2)
+    (codes, scales), x = weights(shape), activations(shape)
+    expected = reference.qlinear_int4(x, codes, round_to(scales, shape.scale_dtype))
+    order = np.arange(shape.n)
+    if shape.epilogue == "swiglu":
+        order = order.reshape(2, -1, ROWS).transpose(1, 0, 2).reshape(-1)
+    inputs = operands(shape, x, codes[order], scales[order])
+    if shape.lora_rank:
+        t = rng.normal(size=(shape.m, shape.lora_rank * len(shape.lora_splits)))
+        t = t.astype(np.float32)
+        b = to_bfloat16(rng.normal(size=(shape.n, shape.lora_rank)).astype(np.float32))
+        expected = expected + lora_branch(shape, t, b)
+        inputs += [t, packing.block_columns(b[order])]
+    if shape.epilogue == "residual":
+        inputs.append(rng.normal(size=(shape.m, shape.n)).astype(np.float32))
+        expected = expected + inputs[-1]
+    if shape.epilogue == "swiglu":
+        expected = reference.swiglu(*np.split(expected, 2, axis=1))
+    return inputs, expected
+
+
+def assert_close(y, expected):
+    scale = np.abs(expected).max(-1, keepdims=True)
+    assert (np.abs(y - expected) <= 1e-5 * scale).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product(run_kernel, isa, shape):
+    inputs, expected = problem(shape)
+    (y,) = run_kernel(make(shape, isa), isa, *inputs)
+    assert y.shape == (shape.m, shape.columns)
+    assert_close(y, expected)
+
+
+@pytest.mark.parametrize("knobs", [(1, 2), (2, 1), (4, 4), (6, 1), (12, 2)], ids=str)
+def test_knobs(run_kernel, isa, knobs):
+    """Tiles that divide the tokens and tiles that leave some over."""
+    shape, (mr, unroll) = QMatmulShape(13, 32, 128), knobs
+    if not qmatmul.valid(shape, isa, {"mr": mr, "unroll": unroll}):
+        return
+    inputs, expected = problem(shape)
+    (y,) = run_kernel(make(shape, isa, mr=mr, unroll=unroll), isa, *inputs)
+    assert_close(y, expected)
+
+
+EXTREMES = list(itertools.product((-128, 127), (-8, 7), (-128, 0, 127)))
+
+
+def test_integers_are_exact(run_kernel, isa):
+    """With scales that are powers of two nothing is rounded: sums at their ends, and random."""
+    shape = QMatmulShape(1, 32, 256)
+    func = make(shape, isa)
+    scales = np.full((shape.n, shape.k // GROUP), 0.5, np.float32)
+
+    def check(x, codes):
+        (y,) = run_kernel(func, isa, *operands(shape, x, codes, scales))
+        dot = x.centred().astype(np.int64) @ codes.T.astype(np.int64)
+        np.testing.assert_array_equal(y, dot * 0.125)
+
+    quarter = np.full(1, 0.25, np.float32)
+    for code, weight, zero in EXTREMES:
+        x = np.full((1, shape.k), code, np.int8), quarter, np.full(1, zero, np.int32)
+        check(reference.Quantized(*x), np.full((shape.n, shape.k), weight, np.int8))
+    check(activations(shape)._replace(scale=quarter), weights(shape)[0])
+
+
+def test_each_weight_meets_its_activation(run_kernel, isa):
+    """One weight other than 0 in each row, all columns in turn: a misplaced nibble is seen."""
+    shape = QMatmulShape(1, 64, 64)
+    codes = np.zeros((shape.n, shape.k), np.int8)
+    codes[np.arange(shape.n), np.arange(shape.n) * 27 % shape.k] = 1
+    x = reference.Quantized(
+        np.arange(shape.k, dtype=np.int8)[None], np.ones(1, np.float32), np.zeros(1, np.int32)
+    )
+    scales = np.ones((shape.n, 2), np.float32)
+    (y,) = run_kernel(make(shape, isa), isa, *operands(shape, x, codes, scales))
+    np.testing.assert_array_equal(y[0], np.arange(shape.n) * 27 % shape.k)
+
+
+@pytest.mark.parametrize("epilogue", ["none", "swiglu"])
+def test_a_call_writes_only_its_columns(run_kernel, isa, epilogue):
+    """Work items are blocks of 16 columns of the result."""
+    shape = QMatmulShape(3, 64 if epilogue == "none" else 128, 32, epilogue=epilogue)
+    inputs, _ = problem(shape)
+    func = make(shape, isa)
+    (whole,) = run_kernel(func, isa, *inputs)
+    for begin, end in ((0, 0), (0, 1), (1, 3), (3, 4)):
+        (part,) = run_kernel(func, isa, *inputs, begin=begin, end=end)
+        columns = np.s_[begin * ROWS : end * ROWS]
+        np.testing.assert_array_equal(part[:, columns], whole[:, columns])
+        others = np.ascontiguousarray(np.delete(part, columns, axis=1))
+        assert (others.view(np.uint8) == 0x5A).all()
+
+
+def test_levels_agree_to_the_last_bits(run_kernel, isa):
+    """Rounding differs between levels only by fused multiply-adds, so far less than the limit."""
+    shape = SHAPES[0]
+    inputs, _ = problem(shape)
+    portable = X86Portable()
+    (y,), (z,) = (
+        run_kernel(make(shape, level), level, *inputs, end=shape.work) for level in (isa, portable)
+    )
+    assert np.abs(y - z).max() <= 2e-6 * np.abs(z).max()
+
+
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 128])
+@pytest.mark.parametrize("nk", REAL, ids=str)
+def test_defaults_are_valid(any_isa, m, nk):
+    shape = QMatmulShape(m, *nk)
+    assert qmatmul.valid(shape, any_isa, qmatmul.default(shape, any_isa))
+
+
+def test_tiles_that_spill_or_do_not_divide_are_not_valid():
+    avx512, _, avx2, _ = X86_LEVELS
+    shape = QMatmulShape(16, 32, 96)
+    assert qmatmul.valid(shape, avx512, {"mr": 12, "unroll": 1})
+    assert not qmatmul.valid(shape, avx2, {"mr": 12, "unroll": 1})
+    assert not qmatmul.valid(shape, avx512, {"mr": 4, "unroll": 2})
+    assert not qmatmul.valid(QMatmulShape(2, 32, 96), avx512, {"mr": 4, "unroll": 1})
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[8]], ids=str)
+def test_packed_scales_are_those_of_the_reference(shape):
+    """The float16 or bfloat16 that is packed reads back as what the reference rounds to."""
+    _, scales = weights(shape)
+    stored = packing.to_scale_dtype(scales, shape.scale_dtype)
+    values = from_bfloat16(stored) if stored.dtype == np.uint16 else stored.astype(np.float32)
+    np.testing.assert_array_equal(values, round_to(scales, shape.scale_dtype))
