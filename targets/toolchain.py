@@ -230,13 +230,17 @@ def _is_host(target: str) -> bool:
     return (machine, system, libc) == (platform.machine(), sys.platform, host_libc)
 
 
+def cache_folder() -> Path:
+    """Where llamac keeps what it can make again: zig's C libraries and compiled kernels."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamac"
+
+
 def _environment() -> dict[str, str]:
     """The environment with zig's caches in our own cache folder.
 
     By default zig puts some 200 MB of them into the home folder and the working directory.
     """
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = str(caches / "llamac" / "zig")
+    cache = str(cache_folder() / "zig")
     return {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache, **os.environ}
 
 

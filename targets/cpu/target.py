@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tvm.ir import IRModule
 
     from llamac.schedules.intrin.isa import Isa
+    from llamac.targets.cpu.entry import Level
 
 LIBRARY = Path("lib/libmodel.so")
 HEADER = Path("include/llamac.h")
@@ -84,15 +85,11 @@ class CpuTarget(Target):
         work = out / "build"
         work.mkdir(parents=True)
         levels = [Level(isa.name, isa.features) for isa in self.isas()]
-        objects = []
-        for done, (isa, level) in enumerate(zip(self.isas(), levels, strict=True)):
-            progress(f"kernels for {isa.name}", done, len(levels) + 1)
-            objects.append(work / f"kernels{level.suffix}.o")
-            self._compile(lowered, isa, level.suffix, objects[-1])
+        objects = self._compile(lowered, levels, work, progress)
         entry = work / "entry.c"
         source = entry_source(lowered.program, identity, levels, self.feature_prefix)
         entry.write_text(source, encoding="ascii")
-        progress("link", len(levels), len(levels) + 1)
+        progress("link", len(objects), len(objects) + 1)
         library = out / LIBRARY
         library.parent.mkdir(parents=True, exist_ok=True)
         link_shared(
@@ -105,17 +102,23 @@ class CpuTarget(Target):
             soname=LIBRARY.name,
             exports=["llamac_*", "__tvm_ffi_*"],
         )
-        progress("link", len(levels) + 1, len(levels) + 1)
+        progress("link", len(objects) + 1, len(objects) + 1)
         header = out / HEADER
         header.parent.mkdir(exist_ok=True)
         header.write_bytes((RUNTIME_SOURCES / HEADER.name).read_bytes())
         return [Artifact(LIBRARY, "library"), Artifact(HEADER, "header")]
 
-    def _compile(self, lowered: Lowered, isa: Isa, suffix: str, out: Path) -> None:
-        """Compile all kernels of a program for one instruction set into one object file."""
-        from llamac.schedules.kernel import compile_kernels  # noqa: PLC0415
+    def _compile(
+        self, lowered: Lowered, levels: Sequence[Level], work: Path, progress: Progress
+    ) -> list[Path]:
+        """Compile every kernel of a program for every level, each into an object file."""
+        from llamac.targets.cpu.object_cache import compile_object  # noqa: PLC0415
 
-        functions = {
-            name + suffix: spec.make(isa, name + suffix) for name, spec in lowered.kernels.items()
-        }
-        compile_kernels(functions, isa).write_to_file(str(out), "o")
+        objects: list[Path] = []
+        total = len(levels) * len(lowered.kernels) + 1
+        for isa, level in zip(self.isas(), levels, strict=True):
+            for name, spec in lowered.kernels.items():
+                progress(f"{name} for {isa.name}", len(objects), total)
+                objects.append(work / f"{len(objects)}.o")
+                compile_object(spec, isa, name + level.suffix, objects[-1])
+        return objects

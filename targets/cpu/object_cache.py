@@ -1,0 +1,77 @@
+"""Compiled kernels by what they were compiled from, so that a second compilation takes seconds.
+
+An object file is found again by the hash of everything that decides its bytes: the generators' source, the
+kernel's shape and name, the instruction set, and the versions of TVM and of its LLVM. The cache lies in
+`$XDG_CACHE_HOME/llamac/kernels` and may be deleted at any time; `LLAMAC_KERNEL_CACHE=0` turns it off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from llamac.schedules.intrin.isa import Isa
+from llamac.schedules.kernel import compile_kernels
+from llamac.targets.cpu.kernels import KernelSpec
+from llamac.targets.toolchain import cache_folder
+
+SWITCH = "LLAMAC_KERNEL_CACHE"
+SCHEDULES = Path(inspect.getfile(Isa)).parents[1]
+
+
+def compile_object(spec: KernelSpec, isa: Isa, symbol: str, out: Path) -> bool:
+    """Write the object file of a kernel, from the cache if it is there.
+
+    Returns:
+        Whether it came from the cache.
+    """
+    cached = None if os.environ.get(SWITCH) == "0" else _place(spec, isa, symbol)
+    if cached is not None and cached.is_file():
+        shutil.copyfile(cached, out)
+        return True
+    compile_kernels({symbol: spec.make(isa, symbol)}, isa).write_to_file(str(out), "o")
+    if cached is not None:
+        _keep(out, cached)
+    return False
+
+
+def _keep(out: Path, cached: Path) -> None:
+    """Copy an object into the cache; a cache that cannot be written is not an error."""
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
+            file.write(out.read_bytes())
+        Path(file.name).replace(cached)
+    except OSError:
+        return
+
+
+def _place(spec: KernelSpec, isa: Isa, symbol: str) -> Path:
+    parts = {
+        "generators": _generators(),
+        "isa": inspect.getsource(type(isa)),
+        "target": isa.target,
+        "family": spec.family,
+        "shape": repr(spec.shape),
+        "symbol": symbol,
+        "tvm": version("apache-tvm"),
+        "tvm-ffi": version("apache-tvm-ffi"),
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "kernels" / key[:2] / f"{key}.o"
+
+
+@cache
+def _generators() -> str:
+    """Hash of the source of all generators."""
+    digest = hashlib.sha256()
+    for path in sorted(SCHEDULES.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
