@@ -18,11 +18,13 @@ from llamac.tools.console import (
 
 if TYPE_CHECKING:
     from llamac.compiler.verify import VerifyReport
+    from llamac.compiler.verify_steps import OperationResult
 
 EPILOG = """\
 examples:
   llamac verify llama-1b-host Llama-3.2-1B-Instruct-SpinQuant_INT4_EO8
   llamac verify BUNDLE MODEL --text story.txt --tokens 256 --json
+  llamac verify BUNDLE MODEL --level avx2 --all-functions
 
 Every operation of the built library runs beside the reference in float64 of the same codes, on
 the same inputs. Then both predict TEXT: negative log likelihood, and how often they agree on the
@@ -45,6 +47,11 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--tokens", metavar="N", type=positive_int, default=64, help="at most (default: 64)"
     )
+    parser.add_argument(
+        "--all-functions", action="store_true", help="all prefill functions, not only the smallest"
+    )
+    parser.add_argument("--level", metavar="NAME", help="kernels to run (default: the best)")
+    parser.add_argument("--threads", metavar="N", type=positive_int, default=2, help="default: 2")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -53,7 +60,16 @@ def run(args: argparse.Namespace) -> int:
     text = read_text(args.text) if args.text else None
     from llamac.compiler.verify import verify_bundle  # noqa: PLC0415
 
-    report = verify_bundle(args.bundle, args.model, text, args.tokens, progress_for(args))
+    report = verify_bundle(
+        args.bundle,
+        args.model,
+        text,
+        args.tokens,
+        progress_for(args),
+        threads=args.threads,
+        level=args.level,
+        all_functions=args.all_functions,
+    )
     if args.json:
         print_json(report.to_json())
     else:
@@ -78,15 +94,31 @@ def read_text(path: Path) -> str:
 
 
 def _print_report(report: VerifyReport, *, plain: bool) -> None:
-    rows: list[Row] = [
-        (name, f"{sqnr_db:.1f}", f"{max_error:.3g}")
-        for name, sqnr_db, max_error in report.operations
-    ]
-    print_rows("operations", rows, plain=plain, header=("operation", "SQNR dB", "max error"))
+    header = ("kernel", "steps", "SQNR dB", "max error")
+    print_rows(
+        f"worst step of each kernel, {report.level}", _kernels(report), plain=plain, header=header
+    )
     summary = [
         ("negative log likelihood, reference", f"{report.nll_reference:.4f}"),
-        ("negative log likelihood, bundle", f"{report.nll_bundle:.4f}"),
+        ("negative log likelihood, bundle", f"{report.nll_library:.4f}"),
         ("next token agrees", f"{100 * report.agreement:.1f} %"),
+        *(("wrong", failure) for failure in report.failures),
         ("result", "passed" if report.passed else "FAILED"),
     ]
     print_rows("text", summary, plain=plain)
+
+
+def _kernels(report: VerifyReport) -> list[Row]:
+    """A row for each function and kernel, in the order of their first steps."""
+    groups: dict[str, list[OperationResult]] = {}
+    for step in report.operations:
+        groups.setdefault(f"{step.function}: {step.kernel}", []).append(step)
+    return [
+        (
+            name,
+            str(len(steps)),
+            f"{min(step.sqnr_db for step in steps):.1f}",
+            f"{max(step.max_error for step in steps):.3g}",
+        )
+        for name, steps in groups.items()
+    ]

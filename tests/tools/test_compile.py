@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from llamac.compiler import pipeline
+from llamac.compiler import pipeline, verify
 from llamac.compiler.progress import Progress, Report
+from llamac.compiler.verify import VerifyReport
+from llamac.compiler.verify_steps import OperationResult
+from llamac.compiler.verify_text import TextResult
 from llamac.tools.cli import main
-
-
-@pytest.fixture
-def replace_module(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Put a module of given contents in the place of a slow one."""
-
-    def replace(name: str, **contents: Any) -> None:
-        module = ModuleType(name)
-        vars(module).update(contents)
-        monkeypatch.setitem(sys.modules, name, module)
-
-    return replace
 
 
 @dataclass
@@ -137,35 +125,37 @@ def test_verify_says_by_its_exit_code_whether_it_passed(
     passed: bool,
     code: int,
     word: str,
-    replace_module: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The table names each operation; the text and the number of tokens reach the comparison."""
     calls = []
 
-    def verify_bundle(*arguments: Any) -> SimpleNamespace:
-        calls.append(arguments[:4])
-        return SimpleNamespace(
-            passed=passed,
-            operations=[("layers.0.wq", 121.5, 1e-7)],
-            nll_reference=1.25,
-            nll_bundle=1.26,
-            agreement=0.975,
-            to_json=lambda: {"passed": passed},
-        )
+    def step(sqnr_db: float, max_error: float, failure: str = "") -> OperationResult:
+        return OperationResult("a", "decode", 0, "norm_1x8", "norm", sqnr_db, max_error, 0, failure)
 
-    replace_module("llamac.compiler.verify", verify_bundle=verify_bundle)
+    operations = (step(121.5, 1e-7), step(130.0, 2e-7, "" if passed else "codes differ"))
+    text_result = TextResult(9, 1.25, 1.26, 0.975, 0.1, 40.0, 0.1)
+
+    def verify_bundle(*arguments: Any, **options: Any) -> VerifyReport:
+        calls.append((*arguments[:4], options))
+        return VerifyReport("avx2", operations, text_result)
+
+    monkeypatch.setattr(verify, "verify_bundle", verify_bundle)
     text = tmp_path / "story.txt"
     text.write_text("Once upon", "utf-8")
-    assert main(["verify", "out", "model", "--text", str(text), "--tokens", "9"]) == code
-    assert calls == [(Path("out"), Path("model"), "Once upon", 9)]
+    arguments = ["verify", "out", "model", "--text", str(text), "--tokens", "9", "--level", "avx2"]
+    assert main([*arguments, "--all-functions", "--threads", "1"]) == code
+    options = {"threads": 1, "level": "avx2", "all_functions": True}
+    assert calls == [(Path("out"), Path("model"), "Once upon", 9, options)]
     printed = capsys.readouterr().out
-    assert "layers.0.wq  121.5    1e-07" in printed
+    assert "decode: norm_1x8  2      121.5    2e-07" in printed
     assert "97.5 %" in printed
     assert word in printed
+    assert ("codes differ" in printed) != passed
     assert main(["verify", "out", "model", "--json"]) == code
-    assert json.loads(capsys.readouterr().out) == {"passed": passed}
+    assert json.loads(capsys.readouterr().out)["status"] == word.lower()
 
 
 def test_verify_needs_a_readable_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
