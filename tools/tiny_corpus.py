@@ -68,7 +68,7 @@ OPENING, ENDING = parse_lines(tiny_plots.OPENING)[0], parse_lines(tiny_plots.END
 PLOTS = parse_plots(tiny_plots.PLOTS)
 
 # Parts of the corpus, by how often they are dealt.
-PLAIN_STORY, STORY_CHAT, LONG_CHAT, SMALL_TALK, COMPREHENSION, OFF_TOPIC = 40, 34, 8, 6, 8, 4
+PLAIN_STORY, STORY_CHAT, LONG_CHAT, SMALL_TALK, COMPREHENSION, OFF_TOPIC = 36, 34, 6, 6, 14, 4
 
 SYSTEM = (
     "You are a kind storyteller.",
