@@ -21,7 +21,7 @@ from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.isa import Isa, lanes_of, vector
-from llamac.schedules.kernel import KernelBuilder, local, store
+from llamac.schedules.kernel import KernelBuilder, local, opaque, store
 from llamac.schedules.loop import loop
 
 VERSION = 1
@@ -43,35 +43,43 @@ class QuantizeShape:
 
 
 class Range:
-    """The running minimum and maximum of a row, one pair of registers per vector of a group."""
+    """The running minimum and maximum of a row, one pair of registers per chain of vectors.
 
-    def __init__(self, isa: Isa, vectors: int) -> None:
-        self._isa, self._vectors = isa, vectors
-        self._low = local(f"float32x{isa.lanes}", vectors)
-        self._high = local(f"float32x{isa.lanes}", vectors)
-        for i in range(vectors):
-            store(self._low, isa.splat(0.0), i)
-            store(self._high, isa.splat(0.0), i)
+    Args:
+        isa: instruction set.
+        chains: independent chains; one comparison waits for the one before in its chain.
+        lanes: of the vectors, default all.
+    """
 
-    def add(self, index: int, value: Any) -> None:
-        """Take in vector number `index` of a group."""
-        store(self._low, T.min(self._low[index], value), index)
-        store(self._high, T.max(self._high[index], value), index)
+    def __init__(self, isa: Isa, chains: int, lanes: int | None = None) -> None:
+        self._isa, self._chains = isa, chains
+        lanes = lanes or isa.lanes
+        self._low = local(vector("float32", lanes), chains)
+        self._high = local(vector("float32", lanes), chains)
+        for i in range(chains):
+            store(self._low, isa.splat(0.0, lanes), i)
+            store(self._high, isa.splat(0.0, lanes), i)
+
+    def add(self, chain: int, value: Any) -> None:
+        """Take in a vector."""
+        store(self._low, T.min(self._low[chain], value), chain)
+        store(self._high, T.max(self._high[chain], value), chain)
 
     def ends(self) -> tuple[Any, Any]:
         """(min(x, 0), max(x, 0)) of all values taken in, as scalars."""
         low, high = self._low[0], self._high[0]
-        for i in range(1, self._vectors):
+        for i in range(1, self._chains):
             low, high = T.min(low, self._low[i]), T.max(high, self._high[i])
         return self._isa.reduce_min(low), self._isa.reduce_max(high)
 
 
 def row_params(isa: Isa, low: Any, high: Any) -> tuple[Any, Any, Any]:
     """(scale, 1 / scale, zero point) as float32 scalars, of a range that contains 0."""
-    scale = T.Bind(T.max((high - low) / T.float32(255), T.float32(MIN_SCALE)))
-    inverse = T.Bind(T.float32(1) / scale)
-    zero = T.float32(-128) - isa.rint(T.Bind(low / scale))
-    return scale, inverse, T.Bind(T.max(T.min(zero, T.float32(127)), T.float32(-128)))
+    scale = opaque(T.max((high - low) / T.float32(255), T.float32(MIN_SCALE)), "float32")
+    inverse = opaque(T.float32(1) / scale, "float32")
+    zero = T.float32(-128) - isa.rint(opaque(low / scale, "float32"))
+    zero = T.max(T.min(zero, T.float32(127)), T.float32(-128))
+    return scale, inverse, opaque(zero, "float32")
 
 
 def code_lanes(isa: Isa, value: Any, inverse: Any, zero: Any) -> Any:

@@ -27,7 +27,7 @@ from tvm.tirx.script.builder import ir as T
 from llamac.schedules.intrin.isa import Isa, pick, vector
 from llamac.schedules.kernel import KernelBuilder, local, store
 from llamac.schedules.loop import loop
-from llamac.schedules.quantize import code_lanes, row_params
+from llamac.schedules.quantize import Range, code_lanes, row_params
 
 VERSION = 1
 KNOBS: Mapping[str, tuple[int, ...]] = {}
@@ -203,10 +203,10 @@ class _Item:
     def _quantize(self, vectors: list[Any], params: tirx.Buffer) -> list[Any]:
         """Store scale and zero point of a key or value; return its int8 codes."""
         isa, lanes = self.isa, self.lanes
-        low = high = isa.splat(0.0, lanes)
+        ends = Range(isa, 1, lanes)
         for value in vectors:
-            low, high = T.Bind(T.min(low, value)), T.Bind(T.max(high, value))
-        scale, inverse, zero = row_params(isa, isa.reduce_min(low), isa.reduce_max(high))
+            ends.add(0, value)
+        scale, inverse, zero = row_params(isa, *ends.ends())
         store(params, scale, self.kv_head, self.position, 0)
         store(params, zero, self.kv_head, self.position, 1)
         inverses, zeros = T.Bind(isa.splat(inverse, lanes)), T.Bind(isa.splat(zero, lanes))

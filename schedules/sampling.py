@@ -18,7 +18,7 @@ from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.isa import Isa, vector
-from llamac.schedules.kernel import KernelBuilder, local, store
+from llamac.schedules.kernel import KernelBuilder, local, opaque, store
 from llamac.schedules.loop import loop, when
 
 VERSION = 1
@@ -81,7 +81,7 @@ def _first_best(isa: Isa, best: tirx.Buffer, place: tirx.Buffer, vectors: int) -
     largest = best[0]
     for i in range(1, vectors):
         largest = T.Bind(T.max(largest, best[i]))
-    top = isa.reduce_max(largest)
+    top = opaque(isa.reduce_max(largest), "float32")
     lowest = isa.splat(T.int32(NOWHERE))
     for i in range(vectors):
         index = place[i] + T.ramp(T.int32(0), 1, isa.lanes)
