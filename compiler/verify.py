@@ -198,29 +198,23 @@ def verify_library(  # noqa: PLR0913 (keywords, each with a default)
         single_threaded_blas(),
         _session(library_path, weights_path, level, threads) as (model, session),
     ):
-        info = model.info
-        text = list(tokens[: info.context_length])
+        text = list(tokens[: model.info.context_length])
         functions = _functions_to_verify(program, all_functions)
         counter = _Counter(progress, sum(len(f.steps) for f in functions) + len(text))
         steps = StepVerifier(program, session, checkpoint, scale_dtype)
-        warm_up = min(WARM_UP, info.context_length - 1)
+        warm_up = min(WARM_UP, model.info.context_length - 1)
         operations: list[OperationResult] = []
         for function in functions:
-            probe = np.resize(tokens, warm_up + function.num_tokens)
+            probe = np.resize(text, warm_up + function.num_tokens).astype(np.int32)
             session.rewind(0)
-            session.eval(probe[:warm_up].astype(np.int32))
-            chunk = probe[warm_up:].tolist()
-            operations += steps.verify(function, chunk, warm_up, lambda n: counter.add(1, n))
+            session.eval(probe[:warm_up])
+            operations += steps.verify(function, probe[warm_up:], warm_up, counter.step)
         reference = ReferenceModel(checkpoint, scale_dtype=scale_dtype, kv_dtype=kv_dtype)
         return VerifyReport(
-            level=info.level,
+            level=model.info.level,
             operations=tuple(operations),
             text=compare_text(session, reference, text, counter.add),
-            missing=tuple(
-                f"{function.name} never reads {', '.join(missing)}"
-                for function in functions
-                if (missing := steps.missing_weights(function))
-            ),
+            missing=_missing(steps, functions),
         )
 
 
@@ -250,6 +244,12 @@ def _functions_to_verify(program: Program, all_functions: bool) -> list[Function
     return [(large_enough or chunks[-1:])[0], decode]
 
 
+def _missing(steps: StepVerifier, functions: Sequence[Function]) -> tuple[str, ...]:
+    """What each function leaves out, in words."""
+    missing = ((function, steps.missing_weights(function)) for function in functions)
+    return tuple(f"{f.name} never reads {', '.join(layers)}" for f, layers in missing if layers)
+
+
 class _Counter:
     """Counts what is done and says so."""
 
@@ -261,6 +261,10 @@ class _Counter:
         self._done += count
         if self._progress is not None:
             self._progress(what, self._done, self._total)
+
+    def step(self, what: str) -> None:
+        """Say that the next step begins."""
+        self.add(1, what)
 
 
 def verify_bundle(

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from llamac.compiler.checkpoint import Checkpoint
 from llamac.compiler.verify_compare import EXACT_DB, LARGEST
@@ -114,7 +114,7 @@ class StepVerifier:
     def verify(
         self,
         function: Function,
-        tokens: Sequence[int],
+        tokens: ArrayLike,
         position: int,
         advance: Callable[[str], None],
     ) -> Iterator[OperationResult]:
@@ -143,7 +143,7 @@ class StepVerifier:
             needed.discard("output")
         return sorted(needed - used)
 
-    def _set(self, tensor: int, values: Sequence[int]) -> None:
+    def _set(self, tensor: int, values: ArrayLike) -> None:
         self._memory.view(self._program.tensors[tensor])[:] = values
 
     def _verify_step(
