@@ -24,6 +24,7 @@ ROWS = 16
 KNOBS: Mapping[str, tuple[int, ...]] = {
     "mr": (1, 2, 4, 6, 8, 12),  # tokens per tile
     "chains": (1, 2, 4, 8),  # independent accumulators a row, to hide the latency of the fma
+    "prefetch": (0, 32, 64, 128),  # columns ahead; the hardware stops at every page of 4 KiB
 }
 
 
@@ -60,15 +61,22 @@ def valid(shape: MatmulShape, isa: Isa, knobs: Mapping[str, int]) -> bool:
 def default(shape: MatmulShape, isa: Isa) -> dict[str, int]:
     """Four chains for a GEMV; two chains of eight or two tokens for a GEMM."""
     if shape.m == 1:
-        return {"mr": 1, "chains": 4 if isa.lanes >= 8 else 2}
+        return {"mr": 1, "chains": 4 if isa.lanes >= 8 else 2, "prefetch": 64}
     return {
         "mr": min(shape.m, 8 if isa.registers >= 32 else 2),
         "chains": 2 if isa.lanes > 4 else 1,
+        "prefetch": 0,
     }
 
 
 def make(
-    shape: MatmulShape, isa: Isa, *, mr: int, chains: int, name: str | None = None
+    shape: MatmulShape,
+    isa: Isa,
+    *,
+    mr: int,
+    chains: int,
+    prefetch: int = 0,
+    name: str | None = None,
 ) -> PrimFunc:
     """Build the kernel.
 
@@ -88,9 +96,9 @@ def make(
         with b.items() as item:
             full = shape.m // mr * mr
             with T.serial(0, T.int64(full // mr)) as i:
-                _tile(shape, isa, tensors, item, i * mr, mr, chains)
+                _tile(shape, isa, tensors, item, i * mr, mr, (chains, prefetch))
             if full < shape.m:
-                _tile(shape, isa, tensors, item, T.int64(full), shape.m - full, chains)
+                _tile(shape, isa, tensors, item, T.int64(full), shape.m - full, (chains, prefetch))
     return b.func
 
 
@@ -101,15 +109,15 @@ def _tile(
     item: Any,
     row0: Any,
     rows: int,
-    chains: int,
+    stream: tuple[int, int],
 ) -> None:
     """Compute `rows` tokens from `row0` for one work item and store them."""
     if shape.epilogue == "swiglu":
-        gate = _block(shape, isa, tensors, item * 2, row0, rows, chains)
-        up = _block(shape, isa, tensors, item * 2 + 1, row0, rows, chains)
+        gate = _block(shape, isa, tensors, item * 2, row0, rows, stream)
+        up = _block(shape, isa, tensors, item * 2 + 1, row0, rows, stream)
         values = [isa.silu(g) * u for g, u in zip(gate, up, strict=True)]
     else:
-        values = _block(shape, isa, tensors, item, row0, rows, chains)
+        values = _block(shape, isa, tensors, item, row0, rows, stream)
     vectors = ROWS // isa.lanes
     for i, value in enumerate(values):
         row, column = row0 + i // vectors, item * ROWS + i % vectors * isa.lanes
@@ -125,16 +133,19 @@ def _block(
     block: Any,
     row0: Any,
     rows: int,
-    chains: int,
+    stream: tuple[int, int],
 ) -> list[Any]:
     """Results of one block of 16 columns for `rows` tokens, as rows x (16 / lanes) vectors."""
     lanes, vectors = isa.lanes, ROWS // isa.lanes
+    chains, prefetch = stream
     acc = local(f"float32x{lanes}", rows * vectors * chains)
     for i in range(rows * vectors * chains):
         T.buffer_store(acc, isa.splat(0.0), [i])
     with T.serial(0, T.int64(shape.k // chains)) as step:
         for c in range(chains):
             k = step * chains + c
+            if prefetch and c % 2 == 0:  # two columns are a cache line
+                isa.prefetch(tensors["weights"], block, k + prefetch, 0)
             for v in range(vectors):
                 bits = isa.load(tensors["weights"], block, k, v * lanes)
                 weights = T.Bind(isa.bfloat16_to_float32(bits))

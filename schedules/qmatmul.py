@@ -41,6 +41,7 @@ GROUP_BYTES = ROWS * GROUP // 2
 KNOBS: Mapping[str, tuple[int, ...]] = {
     "mr": (1, 2, 4, 6, 8, 10, 12),  # tokens per tile: float and integer accumulators in registers
     "unroll": (1, 2, 4),  # groups per iteration of the hot loop
+    "prefetch": (0, 4, 8, 16, 32),  # groups ahead; the hardware stops at every page of 4 KiB
 }
 
 
@@ -96,13 +97,21 @@ def valid(shape: QMatmulShape, isa: Isa, knobs: Mapping[str, int]) -> bool:
 
 
 def default(shape: QMatmulShape, isa: Isa) -> dict[str, int]:
-    """The largest tile that fits: 8 tokens with 32 registers, 2 with 16 registers, 1 for a GEMV."""
+    """The largest tile that fits; a GEMV, bound by memory, prefetches across page boundaries."""
+    if shape.m == 1:
+        return {"mr": 1, "unroll": 2 if shape.k // GROUP % 2 == 0 else 1, "prefetch": 8}
     mr = min(shape.m, 8 if isa.registers >= 32 else max(1, isa.lanes // 4))
-    return {"mr": mr, "unroll": 1}
+    return {"mr": mr, "unroll": 1, "prefetch": 0}
 
 
 def make(
-    shape: QMatmulShape, isa: Isa, *, mr: int, unroll: int, name: str | None = None
+    shape: QMatmulShape,
+    isa: Isa,
+    *,
+    mr: int,
+    unroll: int,
+    prefetch: int = 0,
+    name: str | None = None,
 ) -> PrimFunc:
     """Build the kernel.
 
@@ -112,7 +121,7 @@ def make(
     residual float32 [m, n], and the output float32 [m, n] or [m, n/2].
     """
     with KernelBuilder(name or _name(shape, isa), shape.work) as b:
-        tile = _Tile(b, shape, isa, unroll)
+        tile = _Tile(b, shape, isa, unroll, prefetch)
         with b.items() as item:
             full = shape.m // mr * mr
             if full:
@@ -131,12 +140,14 @@ def _name(shape: QMatmulShape, isa: Isa) -> str:
 class _Tile:
     """The tensors of one kernel and the code for a tile of tokens times one work item."""
 
-    def __init__(self, b: KernelBuilder, shape: QMatmulShape, isa: Isa, unroll: int) -> None:
+    def __init__(
+        self, b: KernelBuilder, shape: QMatmulShape, isa: Isa, unroll: int, prefetch: int
+    ) -> None:
         groups, scale_bits = (
             shape.k // GROUP,
             "uint16" if shape.scale_dtype == "bfloat16" else "float16",
         )
-        self.shape, self.isa, self.unroll = shape, isa, unroll
+        self.shape, self.isa, self.unroll, self.prefetch = shape, isa, unroll, prefetch
         self.codes = b.input("codes", (shape.m, shape.k), "int8")
         self.qparams = b.input("qparams", (shape.m, 2), "float32")
         self.offsets = b.input("offsets", (shape.m, groups), "int32")
@@ -194,6 +205,10 @@ class _Tile:
     def _group(self, acc: Any, block: Any, group: Any, row0: Any, rows: int) -> None:
         """Add one group of 32 columns: eight dot products a row, then scale to float."""
         isa, lanes, vectors = self.isa, self.isa.lanes, ROWS // self.isa.lanes
+        if self.prefetch:
+            for line in range(0, GROUP_BYTES, 64):
+                isa.prefetch(self.weights, block, group + self.prefetch, line)
+            isa.prefetch(self.scales, block, group + self.prefetch, 0)
         mask, four = isa.splat(T.uint8(15), 4 * lanes), isa.splat(T.uint8(4), 4 * lanes)
         for v in range(vectors):
             sums = [isa.splat(self.offsets[row0 + r, group]) for r in range(rows)]

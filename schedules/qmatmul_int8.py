@@ -29,6 +29,7 @@ FLIP = -2139062144  # 0x80808080
 KNOBS: Mapping[str, tuple[int, ...]] = {
     "mr": (1, 2, 4, 6, 8),  # tokens per tile
     "chains": (1, 2, 4, 8),  # independent accumulators a row, to hide the latency of the dot
+    "prefetch": (0, 16, 32, 64),  # cache lines ahead; the hardware stops at every page of 4 KiB
 }
 
 
@@ -60,12 +61,18 @@ def valid(shape: QMatmulInt8Shape, isa: Isa, knobs: Mapping[str, int]) -> bool:
 def default(shape: QMatmulInt8Shape, isa: Isa) -> dict[str, int]:
     """Four chains for a GEMV, one chain and eight tokens for a GEMM."""
     if shape.m == 1:
-        return {"mr": 1, "chains": 4 if isa.lanes >= 8 else 1}
-    return {"mr": min(shape.m, 8 if isa.registers >= 32 else 2), "chains": 1}
+        return {"mr": 1, "chains": 4 if isa.lanes >= 8 else 1, "prefetch": 32}
+    return {"mr": min(shape.m, 8 if isa.registers >= 32 else 2), "chains": 1, "prefetch": 0}
 
 
 def make(
-    shape: QMatmulInt8Shape, isa: Isa, *, mr: int, chains: int, name: str | None = None
+    shape: QMatmulInt8Shape,
+    isa: Isa,
+    *,
+    mr: int,
+    chains: int,
+    prefetch: int = 0,
+    name: str | None = None,
 ) -> PrimFunc:
     """Build the kernel.
 
@@ -86,9 +93,9 @@ def make(
         with b.items() as block:
             full = shape.m // mr * mr
             with T.serial(0, T.int64(full // mr)) as i:
-                _tile(shape, isa, tensors, block, i * mr, mr, chains)
+                _tile(shape, isa, tensors, block, i * mr, mr, (chains, prefetch))
             if full < shape.m:
-                _tile(shape, isa, tensors, block, T.int64(full), shape.m - full, chains)
+                _tile(shape, isa, tensors, block, T.int64(full), shape.m - full, (chains, prefetch))
     return b.func
 
 
@@ -99,16 +106,19 @@ def _tile(
     block: Any,
     row0: Any,
     rows: int,
-    chains: int,
+    stream: tuple[int, int],
 ) -> None:
     """Compute `rows` tokens from `row0` for one block of 16 columns."""
     lanes, vectors = isa.lanes, ROWS // isa.lanes
+    chains, prefetch = stream
     acc = local(f"int32x{lanes}", rows * vectors * chains)
     for i in range(rows * vectors * chains):
         T.buffer_store(acc, isa.splat(T.int32(0)), [i])
     with T.serial(0, T.int64(shape.k // 4 // chains)) as step:
         for c in range(chains):
             k4 = step * chains + c
+            if prefetch:
+                isa.prefetch(tensors["weights"], block, k4 + prefetch, 0)
             words = [
                 T.Bind(isa.splat_bytes(_unsigned_word(tensors["codes"], row0 + r, k4 * 4)))
                 for r in range(rows)

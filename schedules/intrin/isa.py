@@ -76,6 +76,15 @@ class Isa:
         """Repeat four bytes, given as one int32, in all lanes: int8 x 4 * lanes."""
         return T.reinterpret(f"int8x{4 * self.lanes}", T.broadcast(word, self.lanes))
 
+    def prefetch(self, buffer: tirx.Buffer, *index: Any) -> None:
+        """Ask for the cache line of an element, which may lie beyond the end of the buffer."""
+        address = T.address_of(buffer[index])
+        T.evaluate(
+            T.call_llvm_intrin(
+                "void", "llvm.prefetch.p0", address, T.int32(0), T.int32(3), T.int32(1)
+            )
+        )
+
     # -- conversions -----------------------------------------------------------------------------
 
     def to_float32(self, value: Any, lanes: int | None = None) -> Any:
