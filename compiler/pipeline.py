@@ -51,6 +51,8 @@ from llamac.targets.registry import load_target
 from llamac.targets.soc import load_soc
 
 DEFAULT_CONTEXT = 8192
+LARGEST_CONTEXT = 131072  # what Llama 3 was trained for
+LARGEST_CHUNK = 1024  # longer ones gain nothing: a chunk of 128 already keeps a CPU busy
 POSITION_BLOCK = 64  # positions of the KV cache come in blocks, a tile of attention
 PROBE_TOKENS = 16
 
@@ -105,11 +107,13 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
     from llamac.compiler.llama import ModelOptions, build_llama  # noqa: PLC0415 (imports TVM)
 
     dump = _Dump(config.dump)
+    _check_lengths(config)
     target = _find_target(config)
+    text = _read_text(config.verify_text)
     with bundle_folder(config.out, config.overwrite) as folder:
         with progress.stage("read the checkpoint"):
             checkpoint = read_checkpoint(config)
-            context = config.context_length or DEFAULT_CONTEXT
+            context = DEFAULT_CONTEXT if config.context_length is None else config.context_length
             options = _lower_options(config, context)
         with progress.stage("build the IR"):
             capacity = kv_capacity(context, config.chunks)
@@ -144,7 +148,7 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
         if config.verify:
             with progress.stage("verify") as stage:
                 verification = _verify(
-                    config, folder, lowered.program, checkpoint, artifacts, stage
+                    config, folder, lowered.program, checkpoint, artifacts, text, stage
                 )
         with progress.stage("hash and write the manifest"):
             notes = (*checkpoint.notes, *lowered.notes)
@@ -223,14 +227,38 @@ class _Dump:
             (self._folder / f"{self._count}-{name}").write_text(text, encoding="utf-8")
 
 
-def _find_target(config: CompileConfig) -> Target:
-    """The plug-in for the processors that were asked for."""
-    if list(config.chunks) != sorted(set(config.chunks), reverse=True) or min(config.chunks) < 2:
+def _check_lengths(config: CompileConfig) -> None:
+    """Refuse lengths of context and chunks that make no model."""
+    context, chunks = config.context_length, config.chunks
+    if context is not None and not 2 <= context <= LARGEST_CONTEXT:
         raise UsageError(
-            f"chunks {','.join(map(str, config.chunks))} cannot be compiled",
-            cause="prefill lengths must be at least 2, each once, largest first",
+            f"a context of {context} tokens cannot be compiled",
+            cause=f"the KV cache holds 2 to {LARGEST_CONTEXT} tokens",
+            fix=f"leave it out for {DEFAULT_CONTEXT}, or give what you need: memory grows with it",
+        )
+    is_ordered = list(chunks) == sorted(set(chunks), reverse=True)
+    if not is_ordered or not all(2 <= chunk <= LARGEST_CHUNK for chunk in chunks):
+        raise UsageError(
+            f"chunks {','.join(map(str, chunks))} cannot be compiled",
+            cause=f"prefill lengths are 2 to {LARGEST_CHUNK}, each once, largest first",
             fix="write them like 128,32,8",
         )
+
+
+def _read_text(path: Path | None) -> str | None:
+    """The text to verify with, read before anything takes time."""
+    try:
+        return None if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"the text {path} cannot be read",
+            cause=str(error),
+            fix="give the path of a text file in UTF-8",
+        ) from error
+
+
+def _find_target(config: CompileConfig) -> Target:
+    """The plug-in for the processors that were asked for."""
     soc = load_soc(config.target)
     plugins = {processor.kind: processor.plugin for processor in soc.processors}
     for kind in config.processors:
@@ -278,7 +306,7 @@ def _identity(
     digest.update(json.dumps(asdict(checkpoint.config), sort_keys=True).encode())
     digest.update(json.dumps(tool_versions(), sort_keys=True).encode())
     name = config.name or checkpoint.name
-    limits = (checkpoint.config.vocab_size, context, max(config.chunks))
+    limits = (checkpoint.config.vocab_size, context, max(config.chunks, default=1))
     return Identity(name, digest.hexdigest(), *limits)
 
 
@@ -298,6 +326,7 @@ def _verify(
     program: Program,
     checkpoint: Checkpoint,
     artifacts: list[Artifact],
+    text: str | None,
     stage: Any,
 ) -> Verification:
     """Compare the built library with the reference.
@@ -308,7 +337,6 @@ def _verify(
     from llamac.compiler.verify import probe_tokens, verify_library  # noqa: PLC0415
 
     [library] = [artifact.path for artifact in artifacts if artifact.role == "library"]
-    text = config.verify_text.read_text(encoding="utf-8") if config.verify_text else None
     report = verify_library(
         program,
         folder / library,
@@ -331,7 +359,7 @@ def _verify(
     return report.to_manifest()
 
 
-def _manifest(  # noqa: PLR0913, PLR0917 (one argument for each part of a manifest)
+def _manifest(
     config: CompileConfig,
     checkpoint: Checkpoint,
     target: Target,

@@ -63,7 +63,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         "--context",
         metavar="N",
         type=positive_int,
-        help="positions in the KV cache (default: 8192, or the model's if that is less)",
+        help="positions in the KV cache (default: 8192)",
     )
     group.add_argument(
         "--chunks",
@@ -103,7 +103,7 @@ def _add_check_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dump", metavar="DIR", type=Path, help="write the IR after every stage")
     group.add_argument("--report", metavar="FILE", type=Path, help="write times and memory as JSON")
     group.add_argument(
-        "--threads", metavar="N", type=positive_int, default=2, help="for building (default: 2)"
+        "--threads", metavar="N", type=positive_int, default=2, help="for verifying (default: 2)"
     )
 
 

@@ -61,8 +61,10 @@ def _table(ctype: str, name: str, rows: Iterable[str]) -> str:
 
 
 def _text(value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    """A C string; what C might read as something else is written as octal bytes of UTF-8."""
+    plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 _-.+"
+    escaped = (chr(byte) if byte in plain else f"\\{byte:03o}" for byte in value.encode())
+    return f'"{"".join(escaped)}"'
 
 
 def _levels(program: Program, levels: Sequence[Level], prefix: str) -> list[str]:

@@ -1,8 +1,9 @@
 """Compiled kernels by what they were compiled from, so that a second compilation takes seconds.
 
-An object file is found again by the hash of everything that decides its bytes: the generators' source, the
-kernel's shape and name, the instruction set, and the versions of TVM and of its LLVM. The cache lies in
-`$XDG_CACHE_HOME/llamac/kernels` and may be deleted at any time; `LLAMAC_KERNEL_CACHE=0` turns it off.
+An object file is found again by the hash of everything that decides its bytes: the generators'
+source, the kernel's shape and name, the instruction set, and the versions of TVM and of its LLVM.
+The cache lies in `$XDG_CACHE_HOME/llamac/kernels` and may be deleted at any time;
+`LLAMAC_KERNEL_CACHE=0` turns it off.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import inspect
 import json
 import os
 import shutil
-import tempfile
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -36,21 +36,32 @@ def compile_object(spec: KernelSpec, isa: Isa, symbol: str, out: Path) -> bool:
     if cached is not None and cached.is_file():
         shutil.copyfile(cached, out)
         return True
-    compile_kernels({symbol: spec.make(isa, symbol)}, isa).write_to_file(str(out), "o")
+    data = _compile(spec, isa, symbol)
+    out.write_bytes(data)
     if cached is not None:
-        _keep(out, cached)
+        _keep(data, cached)
     return False
 
 
-def _keep(out: Path, cached: Path) -> None:
-    """Copy an object into the cache; a cache that cannot be written is not an error."""
+def _compile(spec: KernelSpec, isa: Isa, symbol: str) -> bytes:
+    """Compile a kernel in memory: LLVM would end the process if it met a full disk."""
+    module = compile_kernels({symbol: spec.make(isa, symbol)}, isa)
+    with open(os.memfd_create(symbol), "rb") as file:
+        module.write_to_file(f"/proc/self/fd/{file.fileno()}", "o")
+        return file.read()
+
+
+def _keep(data: bytes, cached: Path) -> None:
+    """Put an object into the cache; a cache that cannot be written is not an error."""
+    partial = cached.with_name(f"{cached.name}.{os.getpid()}.partial")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
-            file.write(out.read_bytes())
-        Path(file.name).replace(cached)
+        partial.write_bytes(data)
+        partial.replace(cached)
     except OSError:
         return
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _place(spec: KernelSpec, isa: Isa, symbol: str) -> Path:

@@ -136,7 +136,7 @@ def test_verify_says_by_its_exit_code_whether_it_passed(
         return OperationResult("a", "decode", 0, "norm_1x8", "norm", sqnr_db, max_error, 0, failure)
 
     operations = (step(121.5, 1e-7), step(130.0, 2e-7, "" if passed else "codes differ"))
-    text_result = TextResult(9, 1.25, 1.26, 0.975, 0.1, 40.0, 0.1)
+    text_result = TextResult(9, 1.25, 1.26, 0.975, 0.1, 40.0, 0.1, least_sqnr_db=10.0)
 
     def verify_bundle(*arguments: Any, **options: Any) -> VerifyReport:
         calls.append((*arguments[:4], options))
