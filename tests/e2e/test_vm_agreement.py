@@ -7,7 +7,6 @@ allocates every tensor anew and calls whole kernels, so equal logits mean that n
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,30 +35,9 @@ from llamac.schedules.intrin.isa import Isa
 from llamac.schedules.intrin.x86 import X86_LEVELS
 from llamac.targets.cpu.packing import Packer
 from llamac.targets.cpu.selection import select_kernels
+from llamac.targets.soc import Level
 
 CONTEXT, CHUNKS = 100, (16, 8)
-SOC = """
-part = "test"
-marketing_name = "one level"
-vendor = "generic"
-arch = "x86_64"
-os = ["linux"]
-cpu_sources = ["sourced: /proc/cpuinfo"]
-
-[[processors]]
-kind = "cpu"
-plugin = "x86-cpu"
-
-[[clusters]]
-core = "x86-64"
-mcpu = "x86-64"
-role = "big"
-features = []
-
-[[levels]]
-name = "{name}"
-features = [{features}]
-"""
 # Chunks of 16 and 8, a padded one, and single tokens; then a padded chunk over a longer cache.
 CALLS = [16, 8, 1, 1, 5, 1, 16, 3, 1]
 
@@ -110,13 +88,6 @@ def share_tables(tensors: dict[str, Any], params: dict[str, Any]) -> None:
     for part in ("weight", "scales"):
         if f"tok_embeddings.{part}" in tensors:
             tensors[f"output.{part}"] = tensors[f"tok_embeddings.{part}"].clone()
-
-
-def best_level() -> Isa:
-    """The level that a library chooses on this machine."""
-    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
-    has = {flag.replace("_", "") for flag in flags.group(1).split()} if flags else set()
-    return next(isa for isa in X86_LEVELS if set(isa.features) <= has)
 
 
 class Machine:
@@ -184,18 +155,18 @@ def variant(request: pytest.FixtureRequest) -> Variant:
 
 @pytest.fixture(scope="module")
 def config(
-    variant: Variant, meta_layout: ModuleType, tmp_path_factory: pytest.TempPathFactory
+    variant: Variant,
+    one_level: str,
+    meta_layout: ModuleType,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> CompileConfig:
-    """A checkpoint and a SoC with one level, and how to compile them."""
-    folder, isa = tmp_path_factory.mktemp("agreement"), best_level()
-    soc = folder / "one-level.toml"
-    features = ", ".join(f'"{feature}"' for feature in isa.features)
-    soc.write_text(SOC.format(name=isa.name, features=features))
+    """A checkpoint, and how to compile it."""
+    folder = tmp_path_factory.mktemp("agreement")
     change = share_tables if variant.shared else None
     meta_layout.write_checkpoint(folder / "model", variant.form, change=change)
     return CompileConfig(
         model=folder / "model",
-        target=str(soc),
+        target=one_level,
         out=folder / "bundle",
         context_length=CONTEXT,
         chunks=CHUNKS,
@@ -213,9 +184,10 @@ def bundle(config: CompileConfig) -> Path:
 
 
 @pytest.fixture(scope="module")
-def machine(config: CompileConfig, variant: Variant) -> Machine:
-    """The same checkpoint in the VM."""
-    return Machine(read_checkpoint(config), variant, best_level())
+def machine(config: CompileConfig, variant: Variant, levels: list[Level]) -> Machine:
+    """The same checkpoint in the VM, with the kernels of the same level."""
+    [isa] = [isa for isa in X86_LEVELS if isa.name == levels[0].name]
+    return Machine(read_checkpoint(config), variant, isa)
 
 
 def cuts(lengths: list[int]) -> Iterator[tuple[str, int, int]]:
