@@ -18,7 +18,7 @@ LLAMAC := $(dir $(PYTHON))llamac
 
 DEMO_MODEL := examples/tiny-llama/spinquant
 DEMO_BUNDLE := bundles/tiny-llama-host
-DEMO_PROMPT := Once upon a time
+DEMO_PROMPT := Tell me a story about a fox.
 
 .PHONY: help
 help: ## Show this list
@@ -36,7 +36,7 @@ install: $(INSTALLED) ## Make .venv/ and install llamac into it (the others do t
 demo: $(INSTALLED) ## Compile the tiny model for this machine and print text, every step visible
 	$(LLAMAC) compile $(DEMO_MODEL) --target host -o $(DEMO_BUNDLE) --force
 	$(LLAMAC) inspect $(DEMO_BUNDLE)
-	$(LLAMAC) run $(DEMO_BUNDLE) "$(DEMO_PROMPT)" --max-tokens 96 --no-chat
+	$(LLAMAC) run $(DEMO_BUNDLE) "$(DEMO_PROMPT)" --max-tokens 200
 
 .PHONY: test
 test: $(INSTALLED) ## Run the fast tests
