@@ -124,7 +124,7 @@ class Program:
         family = self.kernels[step.kernel].family
         if family == "embedding":
             return int(self.kernels[step.kernel].shape["vocab"])
-        if family == "rope" and tensor.name == "rope.table":
+        if family == "rope" and tensor.pack is not None and tensor.pack.layout == "rope":
             return tensor.shape[0]
         return None
 

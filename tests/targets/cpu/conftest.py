@@ -55,8 +55,10 @@ class Shapes:
         return list(self.infos)
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype, scales of tables as the front end gives them."""
+        """Shape and dtype as the front end gives them: flat scales of tables, float32 norms."""
         info = self.infos[name]
+        if name.endswith("norm.weight"):
+            return TensorInfo(info.shape, "float32")
         is_column = info.shape[1:] == (1,)
         return TensorInfo(info.shape[:1], info.dtype) if is_column else info
 
