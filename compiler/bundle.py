@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llamac.runtime.checks import WeightsHeader
 from llamac.runtime.errors import OutputError
 from llamac.runtime.manifest import FileEntry, file_sha256, sample_sha256
 from llamac.targets.program import Pack, ProgramTensor
@@ -22,9 +22,6 @@ from llamac.targets.program import Pack, ProgramTensor
 WEIGHTS = "weights.bin"
 PROGRAM = "program.json"
 TOKENIZER = "tokenizer.model"
-HEADER = struct.Struct("<8sII32sQ")
-HEADER_BYTES = 4096
-WEIGHTS_VERSION = 1
 
 Pieces = Callable[[Pack], Iterator[NDArray[Any]]]
 
@@ -119,8 +116,8 @@ def write_weights(
     """
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.seek(HEADER_BYTES)
-        position = HEADER_BYTES
+        file.seek(WeightsHeader.BYTES)
+        position = WeightsHeader.BYTES
 
         def put(data: Any, size: int) -> None:
             nonlocal position
@@ -143,9 +140,8 @@ def write_weights(
 
 def write_header(path: Path, build_id: str, num_bytes: int) -> None:
     """Complete weights.bin with its header."""
-    fields = (b"LLAMACWT", WEIGHTS_VERSION, HEADER_BYTES, bytes.fromhex(build_id), num_bytes)
     with path.open("r+b") as file:
-        file.write(HEADER.pack(*fields))
+        file.write(WeightsHeader(build_id, num_bytes).pack())
 
 
 def file_entry(bundle: Path, name: str, role: str) -> FileEntry:

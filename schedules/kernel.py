@@ -8,7 +8,7 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,6 +79,16 @@ class KernelBuilder:
     def func(self) -> PrimFunc:
         """The finished kernel."""
         return self._builder.get()
+
+
+def for_token_tiles(tokens: int, mr: int, emit: Callable[[Any, int], None]) -> None:
+    """Call `emit(first token, tokens)` for tiles of `mr` tokens, and once more for the rest."""
+    full = tokens // mr * mr
+    if full:
+        with T.serial(0, T.int64(full // mr)) as i:
+            emit(i * mr, mr)
+    if full < tokens:
+        emit(T.int64(full), tokens - full)
 
 
 def local(dtype: str, count: int = 1) -> Buffer:

@@ -16,7 +16,7 @@ from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.isa import Isa
-from llamac.schedules.kernel import KernelBuilder, local
+from llamac.schedules.kernel import KernelBuilder, for_token_tiles, local
 
 VERSION = 1
 ROWS = 16
@@ -94,11 +94,11 @@ def make(
             tensors["residual"] = b.input("residual", (shape.m, shape.n), "float32")
         tensors["result"] = b.output("result", (shape.m, shape.columns), "float32")
         with b.items() as item:
-            full = shape.m // mr * mr
-            with T.serial(0, T.int64(full // mr)) as i:
-                _tile(shape, isa, tensors, item, i * mr, mr, (chains, prefetch))
-            if full < shape.m:
-                _tile(shape, isa, tensors, item, T.int64(full), shape.m - full, (chains, prefetch))
+
+            def emit(row0: Any, rows: int) -> None:
+                _tile(shape, isa, tensors, item, row0, rows, (chains, prefetch))
+
+            for_token_tiles(shape.m, mr, emit)
     return b.func
 
 

@@ -31,7 +31,7 @@ from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.isa import Isa
-from llamac.schedules.kernel import KernelBuilder, local
+from llamac.schedules.kernel import KernelBuilder, for_token_tiles, local
 
 VERSION = 1
 ROWS = 16  # rows of a packed block
@@ -123,12 +123,11 @@ def make(
     with KernelBuilder(name or _name(shape, isa), shape.work) as b:
         tile = _Tile(b, shape, isa, unroll, prefetch)
         with b.items() as item:
-            full = shape.m // mr * mr
-            if full:
-                with T.serial(0, T.int64(full // mr)) as i:
-                    tile.emit(item, i * mr, mr)
-            if full < shape.m:
-                tile.emit(item, T.int64(full), shape.m - full)
+
+            def emit(row0: Any, rows: int) -> None:
+                tile.emit(item, row0, rows)
+
+            for_token_tiles(shape.m, mr, emit)
     return b.func
 
 

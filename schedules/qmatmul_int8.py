@@ -19,7 +19,7 @@ from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.isa import Isa
-from llamac.schedules.kernel import KernelBuilder, local
+from llamac.schedules.kernel import KernelBuilder, for_token_tiles, local
 
 VERSION = 1
 ROWS = 16
@@ -91,11 +91,11 @@ def make(
             "result": b.output("result", (shape.m, shape.n), "float32"),
         }
         with b.items() as block:
-            full = shape.m // mr * mr
-            with T.serial(0, T.int64(full // mr)) as i:
-                _tile(shape, isa, tensors, block, i * mr, mr, (chains, prefetch))
-            if full < shape.m:
-                _tile(shape, isa, tensors, block, T.int64(full), shape.m - full, (chains, prefetch))
+
+            def emit(row0: Any, rows: int) -> None:
+                _tile(shape, isa, tensors, block, row0, rows, (chains, prefetch))
+
+            for_token_tiles(shape.m, mr, emit)
     return b.func
 
 

@@ -156,7 +156,7 @@ def deal_scene(rng: random.Random) -> Scene:
     hero = friend = deal_being(rng)
     while friend.name == hero.name:
         friend = deal_being(rng)
-    things = map(Thing, rng.sample(LOOKS, 2), rng.sample(TOYS, 2))
+    things = [*map(Thing, rng.sample(LOOKS, 2), rng.sample(TOYS, 2))]
     hiding = rng.sample(HIDING_PLACES, 2)
     missing, giver = rng.choice(INGREDIENTS)
     made, parts, trial = rng.choice(BUILDS)
@@ -182,4 +182,4 @@ def deal_scene(rng: random.Random) -> Scene:
         "parts": parts,
         "trial": trial,
     }
-    return Scene(hero, friend, *things, words)
+    return Scene(hero, friend, things[0], things[1], words)

@@ -146,7 +146,7 @@ def loss_of(model: TinyLlama, tokens: torch.Tensor, wanted: torch.Tensor) -> tor
     return F.cross_entropy(model(tokens).flatten(0, 1), wanted.flatten())
 
 
-def train(  # noqa: PLR0913  (the hyper-parameters, each named at the call)
+def train(
     model: TinyLlama,
     samples: Sequence[Sample],
     *,

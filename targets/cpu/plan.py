@@ -17,6 +17,7 @@ from typing import Any
 from tvm import relax
 from tvm.relax import Var
 
+from llamac.runtime.checks import WeightsHeader
 from llamac.runtime.errors import CoverageError
 from llamac.schedules.kernel import num_outputs
 from llamac.targets.cpu.composite_calls import entry_functions
@@ -32,7 +33,6 @@ from llamac.targets.program import (
 
 PAGE = 4096
 ALIGN = 64
-WEIGHTS_HEADER_BYTES = 4096
 
 
 def align_up(offset: int, to: int) -> int:
@@ -60,7 +60,7 @@ class _Planner:
         self._tensors: list[ProgramTensor] = []
         self._shared: dict[str, int] = {}  # weights and caches by name
         self._kernels: dict[str, int] = {}
-        self._sizes = {"weights": WEIGHTS_HEADER_BYTES, "arena": 0, "kv": 0}
+        self._sizes = {"weights": WeightsHeader.BYTES, "arena": 0, "kv": 0}
 
     def plan(self) -> Program:
         """Plan all functions, decode first because it decides the order of the weights."""
