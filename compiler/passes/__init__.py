@@ -1,1 +1,0 @@
-"""Relax passes over composites, one a file."""
