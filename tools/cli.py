@@ -12,10 +12,13 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 from typing import NoReturn
 
 from llamac import __version__
@@ -91,27 +94,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character must not end a generation.
         sys.stdout.reconfigure(errors="replace")
+    with _ctrl_c() as interrupted:
+        try:
+            code = _run(arguments)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            # The reader has what it wanted; Python would complain again when it closes the stream.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (Exception, KeyboardInterrupt) as error:
+            if is_debug:
+                traceback.print_exc()
+            if interrupted or isinstance(error, KeyboardInterrupt):
+                print("interrupted", file=sys.stderr)
+                return 130
+            print_error(error if isinstance(error, LlamacError) else _internal(error), sys.stderr)
+            return 2 if isinstance(error, UsageError) else 1
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """Give a list that fills when Ctrl-C is pressed: TVM turns KeyboardInterrupt into others."""
+    interrupted: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
     try:
-        code = _run(arguments)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # The reader has what it wanted; Python would complain again when it closes the stream.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except LlamacError as error:
-        if is_debug:
-            traceback.print_exc()
-        print_error(error, sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    except Exception as error:
-        if is_debug:
-            traceback.print_exc()
-        print_error(_internal(error), sys.stderr)
-        return 1
+        before = signal.signal(signal.SIGINT, remember)
+    except ValueError:  # not the main thread, where signals do not arrive anyway
+        yield interrupted
+        return
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _run(arguments: Sequence[str]) -> int:
