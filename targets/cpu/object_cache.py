@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import shutil
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -59,9 +60,8 @@ def _keep(data: bytes, cached: Path) -> None:
         partial.write_bytes(data)
         partial.replace(cached)
     except OSError:
-        return
-    finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _place(spec: KernelSpec, isa: Isa, symbol: str) -> Path:
