@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from llamac.runtime.checks import WeightsHeader
 from llamac.runtime.errors import OutputError
-from llamac.runtime.manifest import FileEntry, file_sha256, sample_sha256
+from llamac.runtime.manifest import MANIFEST_NAME, FileEntry, file_sha256, sample_sha256
 from llamac.targets.program import Pack, ProgramTensor
 
 WEIGHTS = "weights.bin"
@@ -34,14 +34,11 @@ def bundle_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     was at `out` before is still there.
 
     Raises:
-        OutputError: `out` exists (and `overwrite` is not set), or the disk is full or not writable.
+        OutputError: `out` exists (and `overwrite` is not set, or it is no bundle), or the disk is
+            full or not writable.
     """
-    if out.exists() and not overwrite:
-        raise OutputError(
-            f"{out} exists already",
-            cause="a bundle is never written over something else without being asked",
-            fix="choose another name, or compile with --force to replace it",
-        )
+    if out.exists():
+        _check_replaceable(out, overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -57,25 +54,42 @@ def bundle_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    """Refuse to replace what nobody asked to replace, and folders that hold something else."""
+    if not overwrite:
+        raise OutputError(
+            f"{out} exists already",
+            cause="a bundle is never written over something else without being asked",
+            fix="choose another name, or compile with --force to replace it",
+        )
+    if not (out / MANIFEST_NAME).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(
+            f"{out} is not a bundle",
+            cause=f"--force replaces bundles only, and there is no {MANIFEST_NAME} in it",
+            fix="choose another name, or remove it yourself",
+        )
+
+
 def _replace(partial: Path, out: Path) -> None:
     """Rename `partial` to `out`; what was there is removed only after that."""
-    if not out.exists():
-        partial.rename(out)
-        return
     old = partial.with_name(partial.name + ".old")
-    out.rename(old)
     try:
+        if out.exists():
+            out.rename(old)
         partial.rename(out)
-    except OSError:
-        old.rename(out)
+    except BaseException:  # Ctrl-C too: the old bundle goes back to its place
+        if old.exists() and not out.exists():
+            old.rename(out)
         raise
+    if old.is_symlink():
+        old.unlink()
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _cannot_write(out: Path, error: OSError) -> OutputError:
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return OutputError(
-        f"{out} cannot be written: {error.strerror}",
+        f"{out} cannot be written: {error.strerror or error}",
         cause="the disk is full" if is_full else "the operating system refused to write there",
         fix="free some space, or choose a folder on another disk"
         if is_full
