@@ -107,7 +107,7 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
     from llamac.compiler.llama import ModelOptions, build_llama  # noqa: PLC0415 (imports TVM)
 
     dump = _Dump(config.dump)
-    _check_lengths(config)
+    _check_options(config)
     target = _find_target(config)
     text = _read_text(config.verify_text)
     with bundle_folder(config.out, config.overwrite) as folder:
@@ -227,8 +227,14 @@ class _Dump:
             (self._folder / f"{self._count}-{name}").write_text(text, encoding="utf-8")
 
 
-def _check_lengths(config: CompileConfig) -> None:
-    """Refuse lengths of context and chunks that make no model."""
+def _check_options(config: CompileConfig) -> None:
+    """Refuse a name, and lengths of context and chunks, that make no bundle."""
+    if config.name is not None and not (config.name and config.name.isprintable()):
+        raise UsageError(
+            f"a model cannot be called {config.name!r}",
+            cause="a name is one line of printable characters",
+            fix="give another name, or leave it out for that of the checkpoint's folder",
+        )
     context, chunks = config.context_length, config.chunks
     if context is not None and not 2 <= context <= LARGEST_CONTEXT:
         raise UsageError(
