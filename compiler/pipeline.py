@@ -311,9 +311,8 @@ def _identity(
     digest.update(bytes.fromhex(payload))
     digest.update(json.dumps(asdict(checkpoint.config), sort_keys=True).encode())
     digest.update(json.dumps(tool_versions(), sort_keys=True).encode())
-    name = config.name or checkpoint.name
     limits = (checkpoint.config.vocab_size, context, max(config.chunks, default=1))
-    return Identity(name, digest.hexdigest(), *limits)
+    return Identity(config.name or checkpoint.name, digest.hexdigest(), *limits)
 
 
 def _write_data(folder: Path, checkpoint: Checkpoint, program: Program) -> list[Artifact]:
