@@ -1,1 +1,1 @@
-"""The compiler: front ends, IR of composites, pipeline, reference arithmetic, bundle writing, verify."""
+"""The compiler: front ends, IR of composites, pipeline, reference arithmetic, bundles, verify."""
