@@ -52,10 +52,10 @@ def host_bundle(
     llamac: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The bundle of `make demo`, with all levels, its report beside it, and what was printed."""
+    """The model of `make demo` with all levels, a report beside it, and what was printed."""
     out = tmp_path_factory.mktemp("host") / "tiny-host"
     report = out.with_suffix(".json")
-    arguments = ("--target", "host", "-o", out, "--report", report)
+    arguments = ("--target", "host", "--chunks", "8", "-o", out, "--report", report)
     return out, llamac("compile", tiny / "spinquant", *arguments)
 
 

@@ -187,7 +187,11 @@ def is_mounted(folder: Path, size: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("size", "stage"), [("400k", "pack weights"), ("900k", "build the library")]
+    ("size", "stage"),
+    [
+        pytest.param("400k", "pack weights", marks=pytest.mark.slow),
+        ("900k", "build the library"),
+    ],
 )
 def test_a_full_disk_leaves_nothing(
     size: str, stage: str, tiny: Path, one_level: str, tmp_path: Path
@@ -246,8 +250,8 @@ def test_too_little_space_is_refused_at_once(
 @pytest.mark.parametrize(
     ("line", "seconds"),
     [
-        ("read the checkpoint ...", 0.0),
-        ("pack weights ...", 0.0),
+        pytest.param("read the checkpoint ...", 0.0, marks=pytest.mark.slow),
+        pytest.param("pack weights ...", 0.0, marks=pytest.mark.slow),
         ("build the library ...", 0.0),
         pytest.param("build the library ...", 0.5, marks=pytest.mark.slow),
         pytest.param("build the library ...", 1.0, marks=pytest.mark.slow),

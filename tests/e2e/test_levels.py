@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from llamac.compiler.verify import verify_bundle
 from llamac.runtime import Session, load
 from llamac.targets.soc import Level
 
@@ -69,3 +70,18 @@ def test_the_number_of_threads_changes_nothing(host_bundle: HostBundle, prompt: 
             found.append(session.logits)
     np.testing.assert_array_equal(found[1], found[0])
     np.testing.assert_array_equal(found[2], found[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["spinquant", "qlora", "bf16"])
+def test_every_function_of_every_level_is_right(
+    form: str, tiny: Path, levels: list[Level], compiled: Callable[..., Path]
+) -> None:
+    """All that a bundle for `host` holds, step by step beside the reference."""
+    bundle = compiled(tiny / form, target="host", chunks=(128, 32, 8))
+    for level in levels:
+        report = verify_bundle(bundle, tiny / form, level=level.name, all_functions=True)
+        assert report.passed, report.first_failure
+        assert report.level == level.name
+        functions = {operation.function for operation in report.operations}
+        assert functions == {"prefill_128", "prefill_32", "prefill_8", "decode"}

@@ -18,7 +18,7 @@ from llamac.compiler.reference_model import ReferenceModel
 from llamac.runtime import ContextFull, Model, Session, load
 from llamac.tools.tiny_corpus import documents
 
-FORMS = ("spinquant", "qlora", "bf16")
+FORMS = ("spinquant", "bf16", pytest.param("qlora", marks=pytest.mark.slow))
 HELD_OUT_SEED = 77
 
 Compile = Callable[..., Path]
@@ -123,7 +123,11 @@ def test_an_int8_cache_and_bfloat16_scales(tiny: Path, compiled: Compile, nll_of
 
 @pytest.mark.parametrize(
     ("chunks", "context"),
-    [((16,), 40), ((64,), 20), pytest.param((5, 3, 2), 70, marks=pytest.mark.slow)],
+    [
+        ((16,), 40),
+        pytest.param((64,), 20, marks=pytest.mark.slow),
+        pytest.param((5, 3, 2), 70, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_context_and_chunks_of_any_size(
@@ -164,6 +168,7 @@ def with_output_table(source: Path, folder: Path, *, is_equal: bool) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_equal_tables_are_stored_once(tiny: Path, compiled: Compile, tmp_path: Path) -> None:
     """The output layer's table serves the embedding; one other code, and there are two tables."""
     logits = {}
