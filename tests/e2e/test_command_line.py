@@ -40,23 +40,6 @@ def test_compile_keeps_a_bundle_that_is_there(
     assert (bundle / "manifest.json").read_bytes() == before
 
 
-@pytest.mark.slow
-def test_a_bundle_is_the_same_byte_for_byte(
-    tiny: Path, llamac: Llamac, host_bundle: HostBundle, tmp_path: Path
-) -> None:
-    """Another folder, another day, kernels from the cache: nothing of it is in the files."""
-    options = ("--target", "host", "--chunks", "8")
-    llamac("compile", tiny / "spinquant", *options, "-o", tmp_path / "again")
-    names = sorted(path.relative_to(host_bundle[0]) for path in host_bundle[0].rglob("*"))
-    assert names == sorted(
-        path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*")
-    )
-    for name in names:
-        if (host_bundle[0] / name).is_file():
-            again = (tmp_path / "again" / name).read_bytes()
-            assert again == (host_bundle[0] / name).read_bytes(), name
-
-
 def test_ctrl_c_ends_a_generation(host_bundle: HostBundle) -> None:
     """The text so far stays on standard output."""
     command = [sys.executable, "-P", "-m", "llamac.tools.cli", "run", str(host_bundle[0])]
