@@ -30,7 +30,7 @@ COMMANDS = ("compile", "run", "bench", "verify", "inspect", "targets", "doctor")
 EPILOG = """\
 from a model to text in two commands:
   llamac compile examples/tiny-llama/spinquant --target host -o tiny-llama-host
-  llamac run tiny-llama-host "Once upon a time"
+  llamac run tiny-llama-host "Tell me a story about a fox."
 
 `llamac COMMAND --help` shows the options of a command, with examples.
 Results go to standard output, everything else to standard error.
