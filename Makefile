@@ -60,9 +60,10 @@ check: $(INSTALLED) ## Check format, lint and types
 	$(PYTHON) -m mypy
 
 .PHONY: wheel
-wheel: $(INSTALLED) ## Build the wheel into dist/
+wheel: $(INSTALLED) ## Build the sdist, and the wheel from it, into dist/
 	rm -rf dist build/lib build/bdist.*
-	$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(PYTHON) -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
+	$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/llamac-*.tar.gz
 
 .PHONY: clean
 clean: ## Remove what the other targets made
