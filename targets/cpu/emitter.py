@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,19 +54,8 @@ class Selection:
 class KernelLibrary:
     """Kernels of a module, each added once."""
 
-    def __init__(
-        self,
-        builder: BlockBuilder,
-        selection: Selection,
-        isa: Isa,
-        on_kernel: Callable[[str], None],
-    ) -> None:
-        self._builder, self.selection, self._isa, self._on_kernel = (
-            builder,
-            selection,
-            isa,
-            on_kernel,
-        )
+    def __init__(self, builder: BlockBuilder, selection: Selection, isa: Isa) -> None:
+        self._builder, self.selection, self._isa = builder, selection, isa
         self._vars: dict[str, Any] = {}
 
     def add(self, family: str, shape: Any, name: str) -> Any:
@@ -77,7 +66,8 @@ class KernelLibrary:
             self.selection.kernels[name] = spec
             self.selection.work[name] = work_items(function)
             self._vars[name] = self._builder.add_func(over_all_items(function), name)
-            self._on_kernel(name)
+        if self.selection.kernels[name].shape != shape:
+            raise RuntimeError(f"two kernels have the name {name}: {shape}")
         return self._vars[name]
 
     def packed(self, pack: Pack) -> str:

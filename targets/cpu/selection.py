@@ -37,9 +37,7 @@ from llamac.targets.cpu.emitter import Columns, KernelLibrary, Quantized, Select
 from llamac.targets.cpu.linear_rules import LinearRules, code_outputs
 
 
-def select_kernels(
-    module: IRModule, scale_dtype: str, isa: Isa, on_kernel: Callable[[str], None] | None = None
-) -> Selection:
+def select_kernels(module: IRModule, scale_dtype: str, isa: Isa) -> Selection:
     """Cover all functions of composites with kernels, built for `isa` in the returned module.
 
     Raises:
@@ -47,7 +45,7 @@ def select_kernels(
     """
     builder = BlockBuilder()
     selection = Selection(IRModule({}), {}, {})
-    library = KernelLibrary(builder, selection, isa, on_kernel or (lambda name: None))
+    library = KernelLibrary(builder, selection, isa)
     for name, function in sorted(entry_functions(module).items()):
         _FunctionSelector(builder, library, module, function, scale_dtype).emit(name)
     selection.module = builder.finalize()
