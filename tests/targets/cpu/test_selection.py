@@ -109,6 +109,21 @@ class _RandomWeights:
         return self._rng.integers(0, 8, info.shape).astype(dtype)
 
 
+# -- what no rule covers ---------------------------------------------------------------------------
+
+Body = Callable[[Callable[..., Any], dict[str, Any]], Any]
+PARAMS = {
+    "tokens": ((4,), "int32"),
+    "meta": ((2,), "int32"),
+    "table.weight": ((32, 64), "bfloat16"),
+    "norm.weight": ((64,), "float32"),
+    "wq.weight": ((64, 64), "bfloat16"),
+    "rope.table": ((64, 8, 2), "float32"),
+    "layers.0.k_cache": ((4, 64, 16), "float16"),
+    "layers.0.v_cache": ((4, 64, 16), "float16"),
+}
+
+
 def module_of(body: Body) -> IRModule:
     """A function `decode` over the parameters above; `body(call, params)` gives its result."""
     builder = relax.BlockBuilder()
