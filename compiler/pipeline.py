@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from llamac.compiler.describe import (
     describe_tokenizer,
     tool_versions,
 )
+from llamac.compiler.dump import Dump
 from llamac.compiler.progress import Progress, Report
 from llamac.runtime.errors import NumericsError, TargetUnknown, UsageError
 from llamac.runtime.manifest import (
@@ -43,6 +45,7 @@ from llamac.runtime.manifest import (
     Manifest,
     MemoryPlan,
     TargetEntry,
+    TokenizerEntry,
     Verification,
 )
 from llamac.targets.base import Artifact, Identity, Lowered, LowerOptions, Target
@@ -105,14 +108,16 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
         LlamacError: one of its classes; nothing is written then.
     """
     from llamac.compiler.llama import ModelOptions, build_llama  # noqa: PLC0415 (imports TVM)
+    from llamac.compiler.verify import probe_tokens  # noqa: PLC0415
 
-    dump = _Dump(config.dump)
     _check_options(config)
     target = _find_target(config)
     text = _read_text(config.verify_text)
+    dump = Dump(config.dump)
     with bundle_folder(config.out, config.overwrite) as folder:
         with progress.stage("read the checkpoint"):
             checkpoint = read_checkpoint(config)
+            tokenizer = describe_tokenizer(checkpoint, TOKENIZER)
             context = DEFAULT_CONTEXT if config.context_length is None else config.context_length
             options = _lower_options(config, context)
         with progress.stage("build the IR"):
@@ -147,25 +152,25 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
         verification = Verification(status="skipped")
         if config.verify:
             with progress.stage("verify") as stage:
+                tokens = probe_tokens(tokenizer, checkpoint, text, PROBE_TOKENS)
                 verification = _verify(
-                    config, folder, lowered.program, checkpoint, artifacts, text, stage
+                    config, folder, lowered.program, checkpoint, artifacts, tokens, stage
                 )
         with progress.stage("hash and write the manifest"):
-            notes = (*checkpoint.notes, *lowered.notes)
             manifest = _manifest(
                 config,
                 checkpoint,
+                tokenizer,
                 target,
                 lowered,
                 identity,
-                notes,
                 verification,
                 folder,
                 artifacts,
             )
             (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
             sync_folder(folder)
-    progress.report.notes = [*notes]
+    progress.report.notes = [*manifest.quantization.notes]
     progress.report.files = {name: entry.bytes for name, entry in manifest.files.items()}
     return progress.report
 
@@ -207,24 +212,6 @@ class PipelineWeights:
     def read(self, name: str) -> NDArray[Any]:
         """The values."""
         return self._table if name == "rope.table" else self._weights.read(name)
-
-
-class _Dump:
-    """Writes the IR of stages into a folder, or nothing."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self._folder, self._count = folder, 0
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, name: str, module: Any) -> None:
-        if self._folder is not None:
-            self.text(f"{name}.py", module.script())
-
-    def text(self, name: str, text: str) -> None:
-        if self._folder is not None:
-            self._count += 1
-            (self._folder / f"{self._count}-{name}").write_text(text, encoding="utf-8")
 
 
 def _check_options(config: CompileConfig) -> None:
@@ -331,7 +318,7 @@ def _verify(
     program: Program,
     checkpoint: Checkpoint,
     artifacts: list[Artifact],
-    text: str | None,
+    tokens: Sequence[int],
     stage: Any,
 ) -> Verification:
     """Compare the built library with the reference.
@@ -339,7 +326,7 @@ def _verify(
     Raises:
         NumericsError: an operation, or the whole model, is too far off.
     """
-    from llamac.compiler.verify import probe_tokens, verify_library  # noqa: PLC0415
+    from llamac.compiler.verify import verify_library  # noqa: PLC0415
 
     [library] = [artifact.path for artifact in artifacts if artifact.role == "library"]
     report = verify_library(
@@ -349,9 +336,7 @@ def _verify(
         checkpoint,
         scale_dtype=config.scale_dtype,
         kv_dtype=config.kv_dtype,
-        tokens=probe_tokens(
-            describe_tokenizer(checkpoint, TOKENIZER), checkpoint, text, PROBE_TOKENS
-        ),
+        tokens=tokens,
         threads=config.threads,
         progress=stage.update,
     )
@@ -367,15 +352,16 @@ def _verify(
 def _manifest(
     config: CompileConfig,
     checkpoint: Checkpoint,
+    tokenizer: TokenizerEntry,
     target: Target,
     lowered: Lowered,
     identity: Identity,
-    notes: tuple[str, ...],
     verification: Verification,
     folder: Path,
     artifacts: list[Artifact],
 ) -> Manifest:
     program, soc = lowered.program, target.soc
+    notes = (*checkpoint.notes, *lowered.notes)
     memory = MemoryPlan(
         weights_bytes=program.weights_bytes,
         kv_cache_bytes=program.kv_bytes,
@@ -388,7 +374,7 @@ def _manifest(
         created_with=tool_versions(),
         model=describe_model(checkpoint, identity.model_name, identity.context_length),
         quantization=describe_quantization(checkpoint, config.scale_dtype, config.kv_dtype, notes),
-        tokenizer=describe_tokenizer(checkpoint, TOKENIZER),
+        tokenizer=tokenizer,
         target=TargetEntry(soc.name, target.name, config.processors, soc.arch, soc.os[0], levels),
         memory=memory,
         functions=tuple(FunctionEntry(f.name, f.num_tokens) for f in program.functions),
