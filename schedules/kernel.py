@@ -103,6 +103,14 @@ def store(buffer: Buffer, value: Any, *index: Any) -> None:
     T.buffer_store(buffer, value, list(index))
 
 
+def sum_chains(chains: Buffer, first: int, count: int) -> Any:
+    """Sum of `count` independent accumulators, from index `first` of a local buffer."""
+    total = chains[first]
+    for i in range(first + 1, first + count):
+        total = total + chains[i]
+    return total
+
+
 def opaque(value: Any, dtype: str = "int64") -> Any:
     """Name a value without telling TVM's analyzer what it is.
 

@@ -16,7 +16,7 @@ from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.isa import Isa
-from llamac.schedules.kernel import KernelBuilder, local, store
+from llamac.schedules.kernel import KernelBuilder, local, store, sum_chains
 
 VERSION = 1
 KNOBS: Mapping[str, tuple[int, ...]] = {"chains": (1, 2, 4)}  # accumulators, to hide fma latency
@@ -58,8 +58,5 @@ def make(shape: LoraShape, isa: Isa, *, chains: int, name: str | None = None) ->
                     k = (step * chains + c) * isa.lanes
                     weight = isa.bfloat16_to_float32(isa.load(a, r, k))
                     store(acc, isa.fma(isa.load(x, m, k), weight, acc[c]), c)
-            total = acc[0]
-            for c in range(1, chains):
-                total = total + acc[c]
-            store(t, isa.reduce_add(total), m, r)
+            store(t, isa.reduce_add(sum_chains(acc, 0, chains)), m, r)
     return b.func

@@ -16,7 +16,7 @@ from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.isa import Isa
-from llamac.schedules.kernel import KernelBuilder, for_token_tiles, local
+from llamac.schedules.kernel import KernelBuilder, for_token_tiles, local, sum_chains
 
 VERSION = 1
 ROWS = 16
@@ -153,10 +153,4 @@ def _block(
                     i = (r * vectors + v) * chains + c
                     x = isa.splat(tensors["x"][row0 + r, k])
                     T.buffer_store(acc, isa.fma(x, weights, acc[i]), [i])
-    results = []
-    for i in range(rows * vectors):
-        total = acc[i * chains]
-        for c in range(1, chains):
-            total = total + acc[i * chains + c]
-        results.append(T.Bind(total))
-    return results
+    return [T.Bind(sum_chains(acc, i * chains, chains)) for i in range(rows * vectors)]

@@ -19,7 +19,7 @@ from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.isa import Isa
-from llamac.schedules.kernel import KernelBuilder, for_token_tiles, local
+from llamac.schedules.kernel import KernelBuilder, for_token_tiles, local, sum_chains
 
 VERSION = 1
 ROWS = 16
@@ -135,10 +135,7 @@ def _tile(
         scale = isa.splat(tensors["qparams"][row0 + r, 0])
         zero = T.Cast("int32", tensors["qparams"][row0 + r, 1]) + 128
         for v in range(vectors):
-            first = (r * vectors + v) * chains
-            total = acc[first]
-            for c in range(1, chains):
-                total = total + acc[first + c]
+            total = sum_chains(acc, (r * vectors + v) * chains, chains)
             column = block * ROWS + v * lanes
             exact = total - isa.splat(zero) * isa.load(tensors["wsum"], column)
             factor = scale * isa.load(tensors["scales"], column)

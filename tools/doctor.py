@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from llamac.runtime.errors import LlamacError
+from llamac.targets.toolchain import cache_folder
 from llamac.tools.console import Row, Subparsers, format_bytes, print_json, print_rows
 
 OK, NOTE, FAIL = "ok", "note", "fail"
@@ -239,16 +240,9 @@ def examine_folders() -> Iterator[Finding]:
     for what, folder, why in (
         ("disk here", Path.cwd(), "bundles are written where you say, often here"),
         ("temporary files", Path(tempfile.gettempdir()), "the compiler's objects on their way"),
-        ("cache", cache_folder(), "zig keeps compiled C libraries here (about 250 MB)"),
+        ("cache", cache_folder(), "C libraries that zig compiled (about 250 MB), and kernels"),
     ):
         yield examine_folder(what, folder, why)
-
-
-def cache_folder() -> Path:
-    """Return the folder in which zig keeps compiled libraries."""
-    given = os.environ.get("ZIG_GLOBAL_CACHE_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(base) / "llamac" / "zig"
 
 
 def examine_folder(what: str, folder: Path, why: str) -> Finding:
