@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -42,9 +43,9 @@ class CpuTarget(Target):
     feature_prefix: ClassVar[str]
     zig_target: ClassVar[str]
 
+    @abstractmethod
     def isas(self) -> Sequence[Isa]:
         """Instruction sets of the levels of this SoC, best first."""
-        raise NotImplementedError
 
     def check(self) -> Sequence[Missing]:
         """A C compiler that can link for the target."""
