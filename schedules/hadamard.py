@@ -51,7 +51,7 @@ def default(shape: HadamardShape, isa: Isa) -> dict[str, int]:
 def make(shape: HadamardShape, isa: Isa, *, radix: int, name: str | None = None) -> PrimFunc:
     """Build `hadamard(x f32[T, K]) -> y f32[T, K]`; work = T.
 
-    With `shape.quantize`: `(x) -> codes i8[T, K], qparams f32[T, 2], offsets i32[T, K/32], y`.
+    With `shape.quantize`: `(x) -> codes, qparams (and offsets) as in `quantize.py`, then y`.
     """
     level = isa.name.replace("-", "_")
     name = (

@@ -59,7 +59,7 @@ def default(shape: RmsNormShape, isa: Isa) -> dict[str, int]:
 def make(shape: RmsNormShape, isa: Isa, *, name: str | None = None) -> PrimFunc:
     """Build `rms_norm(x f32[T,K], gamma f32[K]) -> y f32[T,K]`, or with `shape.quantize`.
 
-    `rms_norm_quantize(x, gamma) -> codes i8[T,K], qparams f32[T,2], offsets i32[T,K/32]`, and
+    `rms_norm_quantize(x, gamma) -> codes, qparams (and offsets) as in `quantize.py`, and
     y f32[T,K] after them with `shape.with_float`.
     """
     with KernelBuilder(name or _name(shape, isa), shape.tokens) as b:

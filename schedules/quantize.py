@@ -6,9 +6,17 @@ Per row x of K floats, every step in float32 with IEEE rounding, ties to even:
     z  = clip(-128 - rint(lo / s), -128, 127)
     q  = clip(rint(x * (1 / s)) + z, -128, 127)
 
-The codes equal `compiler/reference.py` bit for bit. Beside them a row has its (s, z) and, per group
-of 32 codes, the offset -8 * sum(q) with which an int4 dot product starts (see `qmatmul.py`).
-`QuantizedOutputs` is shared by every kernel that ends in a quantization.
+The codes equal `compiler/reference.py` bit for bit. Beside them a row has its (s, z).
+`QuantizedOutputs` is shared by every kernel that ends in a quantization; `Isa.codes` says what the
+matrix products of an instruction set want to read:
+
+    offset rows   codes [T, K], and per group of 32 codes the offset -8 * sum(q) with which the dot
+                  product of unsigned nibbles starts (see `qmatmul.py`)
+    pairs         no offsets. One token: [1, K]. More: panels of 16 tokens [T/16, K/32, 512], in
+                  which a group is 8 pairs of tokens x 4 vectors of 16 bytes. Vector t holds, of the
+                  first, then of the second token, the 8 codes of two chunks of 4: (0, 2), (1, 3),
+                  (4, 6), (5, 7). This is how int4 matrix products meet them (`qmatmul_quads.py`).
+                  T is rounded up; what no token fills is never written.
 """
 
 from __future__ import annotations
@@ -20,7 +28,7 @@ from typing import Any
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from llamac.schedules.intrin.isa import Isa, lanes_of, vector
+from llamac.schedules.intrin.isa import Isa, join, lanes_of, vector
 from llamac.schedules.kernel import KernelBuilder, local, opaque, store
 from llamac.schedules.loop import loop
 
@@ -29,6 +37,8 @@ KNOBS: Mapping[str, tuple[int, ...]] = {}
 
 GROUP = 32  # columns per offset; also the step of every loop over a row
 OFFSET_FACTOR = -8  # the nibbles of int4 weights are stored as w + 8
+PANEL = 16  # tokens of a panel of paired codes
+CHUNK_PAIRS = ((0, 2), (1, 3), (4, 6), (5, 7))
 MIN_SCALE = 2.0**-23
 
 RowLoader = Callable[[Any], Any]
@@ -90,14 +100,28 @@ def code_lanes(isa: Isa, value: Any, inverse: Any, zero: Any) -> Any:
     return T.Bind(T.Cast(vector("int32", lanes), clipped))
 
 
+def has_offsets(isa: Isa) -> bool:
+    """Whether a quantization also stores the group offsets."""
+    return isa.codes == "offset rows"
+
+
+def codes_shape(isa: Isa, tokens: int, k: int) -> tuple[int, ...]:
+    """Shape of the codes of `tokens` rows of k values."""
+    if has_offsets(isa) or tokens == 1:
+        return (tokens, k)
+    return (-(-tokens // PANEL), k // GROUP, PANEL * GROUP)
+
+
 class QuantizedOutputs:
-    """The output tensors of a quantization: codes, (scale, zero point) and group offsets."""
+    """The output tensors of a quantization: codes, (scale, zero point), group offsets if any."""
 
     def __init__(self, b: KernelBuilder, isa: Isa, tokens: int, k: int) -> None:
         self._isa, self._k = isa, k
-        self._codes = b.output("codes", (tokens, k), "int8")
+        self._is_paired = not has_offsets(isa) and tokens > 1
+        self._codes = b.output("codes", codes_shape(isa, tokens, k), "int8")
         self._qparams = b.output("qparams", (tokens, 2), "float32")
-        self._offsets = b.output("offsets", (tokens, k // GROUP), "int32")
+        if has_offsets(isa):
+            self._offsets = b.output("offsets", (tokens, k // GROUP), "int32")
 
     def write(self, row: Any, load: RowLoader, ends: tuple[Any, Any]) -> None:
         """Quantize one row.
@@ -113,13 +137,34 @@ class QuantizedOutputs:
         store(self._qparams, zero, row, 1)
         inverses, zeros = T.Bind(isa.splat(inverse)), T.Bind(isa.splat(zero))
         with loop(self._k // GROUP) as group:
-            total = isa.splat(T.int32(0))
-            for offset in range(0, GROUP, isa.lanes):
-                column = group * GROUP + offset
-                codes = code_lanes(isa, load(column), inverses, zeros)
-                isa.store(self._codes, T.Cast(f"int8x{isa.lanes}", codes), row, column)
-                total = total + codes
-            store(self._offsets, isa.reduce_add(total) * T.int32(OFFSET_FACTOR), row, group)
+            columns = [group * GROUP + offset for offset in range(0, GROUP, isa.lanes)]
+            codes = [code_lanes(isa, load(column), inverses, zeros) for column in columns]
+            if self._is_paired:
+                self._store_pairs(row, group, codes)
+            else:
+                self._store_row(row, group, codes)
+            if has_offsets(isa):
+                total = codes[0]
+                for more in codes[1:]:
+                    total = total + more
+                store(self._offsets, isa.reduce_add(total) * T.int32(OFFSET_FACTOR), row, group)
+
+    def _store_row(self, row: Any, group: Any, codes: list[Any]) -> None:
+        """Store the int32 codes of a group in their order, 16 at a time or more."""
+        step = max(1, 16 // self._isa.lanes)
+        for i in range(0, len(codes), step):
+            wide = join(codes[i : i + step])
+            narrow = T.Cast(f"int8x{lanes_of(wide)}", wide)
+            column = group * GROUP + i * self._isa.lanes
+            self._isa.store(self._codes, narrow, row, column, lanes=lanes_of(wide))
+
+    def _store_pairs(self, row: Any, group: Any, codes: list[Any]) -> None:
+        """Store the chunks of a group, each an int32x4, where the token's pair has its place."""
+        panel, token = row // PANEL, row % PANEL
+        first = T.Bind(token // 2 * (2 * GROUP) + token % 2 * 8)
+        for t, (a, b) in enumerate(CHUNK_PAIRS):
+            narrow = T.Cast("int8x8", join([codes[a], codes[b]]))
+            self._isa.store(self._codes, narrow, panel, group, first + t * 16, lanes=8)
 
 
 def row_range(isa: Isa, k: int, load: RowLoader) -> tuple[Any, Any]:
@@ -142,7 +187,7 @@ def default(shape: QuantizeShape, isa: Isa) -> dict[str, int]:
 
 
 def make(shape: QuantizeShape, isa: Isa, *, name: str | None = None) -> PrimFunc:
-    """Build `quantize(x f32[T,K]) -> codes i8[T,K], qparams f32[T,2], offsets i32[T,K/32]`."""
+    """Build `quantize(x f32[T,K]) -> codes i8, qparams f32[T,2]`, offsets i32[T,K/32] if any."""
     symbol = name or f"quantize_qai8dx_f32_{shape.tokens}x{shape.k}_{isa.suffix}"
     with KernelBuilder(symbol, shape.tokens) as b:
         x = b.input("x", (shape.tokens, shape.k), "float32")

@@ -6,6 +6,7 @@ has an instruction. The base class uses plain TIR and is therefore correct on ev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tvm import tirx
@@ -39,6 +40,7 @@ class Isa:
         registers: vector registers that the register allocator may use.
         features: CPU features that must all be present at load, in the manifest's words.
         target: the TVM target as a dict.
+        codes: how the bytes of activation codes are arranged, see `schedules/quantize.py`.
     """
 
     name: str = "generic"
@@ -46,6 +48,7 @@ class Isa:
     registers: int = 16
     features: tuple[str, ...] = ()
     target: dict[str, Any] = {"kind": "llvm"}  # noqa: RUF012 (read only)
+    codes: str = "offset rows"
 
     @property
     def suffix(self) -> str:
@@ -201,6 +204,14 @@ def lanes_of(value: Any) -> int:
 def pick(value: Any, lanes: Any) -> Any:
     """The named lanes of a vector, as a shorter vector or a scalar."""
     return tirx.Shuffle([value], [T.int32(i) for i in lanes])
+
+
+def join(vectors: Sequence[Any]) -> Any:
+    """One vector with the lanes of vectors of equal type, in order."""
+    if len(vectors) == 1:
+        return vectors[0]
+    count = sum(lanes_of(value) for value in vectors)
+    return tirx.Shuffle(list(vectors), [T.int32(i) for i in range(count)])
 
 
 def float_intrinsic(name: str, lanes: int, *args: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamac.schedules.qmatmul import GROUP, ROWS
+from llamac.schedules.quantize import CHUNK_PAIRS, PANEL
 from llamac.targets.base import WeightReader
 from llamac.targets.program import Pack
 
@@ -28,6 +29,42 @@ def int4_codes(codes: Array) -> Array:
     nibbles = (words & 0x0F0F0F0F) ^ 0x08080808  # two's complement nibble -> value + 8
     packed = (nibbles[..., 0] | (nibbles[..., 1] << 4)).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(packed).view(np.uint8).reshape(n // ROWS, k // GROUP, 256)
+
+
+def int4_quads(codes: Array) -> Array:
+    """int8 [n, k] in -8..7 -> uint8 [n/16, k/32, 256]: four rows at a time, signed nibbles.
+
+    Byte quad*64 + j*16 + row*4 + b holds k = 8j + b in its low and k = 8j + 4 + b in its high
+    nibble, of row quad*4 + row.
+    """
+    n, k = codes.shape
+    words = np.ascontiguousarray(codes).view(np.uint32)
+    words = words.reshape(n // ROWS, 4, 4, k // GROUP, 4, 2) & 0x0F0F0F0F
+    packed = (words[..., 0] | (words[..., 1] << 4)).transpose(0, 3, 1, 4, 2)
+    return np.ascontiguousarray(packed).view(np.uint8).reshape(n // ROWS, k // GROUP, 256)
+
+
+def pair_codes(codes: Array) -> Array:
+    """int8 [m, k] -> panels of paired codes as in `schedules/quantize.py`; one token stays."""
+    m, k = codes.shape
+    if m == 1:
+        return codes
+    rows = np.zeros((-(-m // PANEL) * PANEL, k), np.int8)
+    rows[:m] = codes
+    chunks = rows.reshape(-1, PANEL // 2, 2, k // GROUP, 8, 4)[..., CHUNK_PAIRS, :]
+    panels = chunks.transpose(0, 3, 1, 4, 2, 5, 6)
+    return np.ascontiguousarray(panels).reshape(-1, k // GROUP, PANEL * GROUP)
+
+
+def unpair_codes(codes: Array, m: int) -> Array:
+    """The inverse of `pair_codes` for m tokens."""
+    if m == 1:
+        return codes
+    panels, groups, _ = codes.shape
+    chunks = codes.reshape(panels, groups, PANEL // 2, 4, 2, 2, 4).transpose(0, 2, 4, 1, 3, 5, 6)
+    rows = np.empty((*chunks.shape[:4], 8, 4), np.int8)
+    rows[..., CHUNK_PAIRS, :] = chunks
+    return rows.reshape(panels * PANEL, groups * GROUP)[:m]
 
 
 def block_columns(rows: Array) -> Array:
@@ -97,6 +134,7 @@ class Packer:
         self._weights, self._scale_dtype, self._check = weights, scale_dtype, check_scales
         self._layouts: dict[str, Callable[[dict[str, Array]], Array]] = {
             "int4.codes": lambda w: int4_codes(w["weight"]),
+            "int4.quads": lambda w: int4_quads(w["weight"]),
             "int4.scales": lambda w: block_columns(to_scale_dtype(w["scales"], scale_dtype)),
             "int4.ksum": lambda w: int4_ksum(w["weight"], to_scale_dtype(w["scales"], scale_dtype)),
             "int8.blocks": lambda w: int8_codes(w["weight"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from numpy.typing import NDArray
 from tvm.tirx import PrimFunc
 from tvm_ffi import structural_equal
 
+from llamac.schedules.intrin.arm import ARM_LEVELS, ArmNeon
 from llamac.schedules.intrin.isa import Isa
 from llamac.schedules.intrin.x86 import X86_LEVELS
 from llamac.schedules.kernel import compile_kernels, num_outputs, work_items
+from llamac.targets.kernel_runner import KernelCall, build_kernel_program, run_kernel_program
 
 CANARY = 0x5A  # every byte of an output before the call
 
@@ -36,19 +39,41 @@ def cpu_features() -> frozenset[str]:
     )
 
 
-@pytest.fixture(params=X86_LEVELS, ids=lambda isa: isa.name)
-def isa(request: pytest.FixtureRequest) -> Isa:
-    """Every x86 level that this CPU can run."""
-    level: Isa = request.param
-    missing = set(level.features) - cpu_features()
-    if missing:
+# A CPU model that has just the features of the level, so that any other instruction traps.
+QEMU_CPUS = {"neon": "cortex-a57", "dotprod": "cortex-a76", "i8mm": "max,sve=off,sme=off"}
+
+needs_qemu = pytest.mark.needs("qemu-aarch64")
+ARM_PARAMS = [pytest.param(level, marks=needs_qemu) for level in ARM_LEVELS]
+
+
+def _skip_unless_runnable(level: Isa) -> Isa:
+    if not isinstance(level, ArmNeon) and (missing := set(level.features) - cpu_features()):
         pytest.skip(f"this CPU lacks {', '.join(sorted(missing))}")
     return level
 
 
+@pytest.fixture(params=[*X86_LEVELS, *ARM_PARAMS], ids=lambda isa: isa.name)
+def isa(request: pytest.FixtureRequest) -> Isa:
+    """Every x86 level that this CPU can run, and every Arm level under QEMU."""
+    return _skip_unless_runnable(request.param)
+
+
 @pytest.fixture(params=X86_LEVELS, ids=lambda isa: isa.name)
+def x86_isa(request: pytest.FixtureRequest) -> Isa:
+    """Every x86 level that this CPU can run."""
+    return _skip_unless_runnable(request.param)
+
+
+@pytest.fixture(params=ARM_PARAMS, ids=lambda isa: isa.name)
+def arm_isa(request: pytest.FixtureRequest) -> ArmNeon:
+    """Every Arm level, which runs under QEMU."""
+    level: ArmNeon = request.param
+    return level
+
+
+@pytest.fixture(params=[*X86_LEVELS, *ARM_LEVELS], ids=lambda isa: isa.name)
 def any_isa(request: pytest.FixtureRequest) -> Isa:
-    """Every x86 level, for tests that only compile."""
+    """Every level, for tests that only compile."""
     level: Isa = request.param
     return level
 
@@ -68,34 +93,55 @@ def external_symbols() -> Callable[[Any], set[str]]:
 
 
 class KernelRunner:
-    """Compiles kernels once per test session and calls them on numpy arrays."""
+    """Compiles kernels once per test session and calls them on numpy arrays.
 
-    def __init__(self) -> None:
+    Kernels for another processor become programs that run under its emulator.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._built: dict[tuple[str, str], tuple[PrimFunc, Any]] = {}
 
     def __call__(
-        self, func: PrimFunc, isa: Isa, *inputs: Array, begin: int = 0, end: int | None = None
+        self,
+        func: PrimFunc,
+        isa: Isa,
+        *inputs: Array,
+        begin: int = 0,
+        end: int | None = None,
+        cpu: str = "",
     ) -> list[Array]:
         """Run items begin .. end (default all) and return the outputs.
 
         Inputs that the kernel changes in place are changed here too. Outputs are filled with CANARY
-        before the call.
+        before the call. `cpu` is the emulated CPU, by default that of the level.
         """
         kernel = self._compile(func, isa)
         outputs = [_empty(buffer) for buffer in output_buffers(func)]
-        tensors = [tvm.runtime.tensor(array) for array in (*inputs, *outputs)]
-        kernel(*tensors, begin, work_items(func) if end is None else end)
-        for array, tensor in zip(inputs, tensors, strict=False):
+        last = work_items(func) if end is None else end
+        if isinstance(kernel, Path):
+            command = ["qemu-aarch64", "-cpu", cpu or QEMU_CPUS[isa.name], str(kernel)]
+            call = KernelCall([*inputs, *outputs], begin, last)
+            arrays = run_kernel_program(command, call)
+        else:
+            tensors = [tvm.runtime.tensor(array) for array in (*inputs, *outputs)]
+            kernel(*tensors, begin, last)
+            arrays = [tensor.numpy() for tensor in tensors]
+        for array, after in zip(inputs, arrays, strict=False):
             if array.flags.writeable:
-                array[...] = tensor.numpy()
-        return [tensor.numpy() for tensor in tensors[len(inputs) :]]
+                array[...] = after
+        return arrays[len(inputs) :]
 
     def _compile(self, func: PrimFunc, isa: Isa) -> Any:
         name = str(func.attrs["global_symbol"])
         known, kernel = self._built.get((name, isa.name), (None, None))
         if known is None or not structural_equal(known, func):
-            library = compile_kernels({name: func}, isa)
-            kernel = library[name]
+            if isinstance(isa, ArmNeon):
+                kernel = build_kernel_program(
+                    func, isa, self._folder / f"{len(self._built)}_{isa.name}"
+                )
+            else:
+                kernel = compile_kernels({name: func}, isa)[name]
             self._built[name, isa.name] = (func, kernel)
         return kernel
 
@@ -113,9 +159,9 @@ def _empty(buffer: Any) -> Array:
 
 
 @pytest.fixture(scope="session")
-def run_kernel() -> RunKernel:
+def run_kernel(tmp_path_factory: pytest.TempPathFactory) -> RunKernel:
     """`run_kernel(func, isa, *inputs, begin=0, end=None) -> outputs`."""
-    return KernelRunner()
+    return KernelRunner(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ SHAPES = [
 REAL = [(2048, 2048), (3072, 2048), (16384, 2048), (2048, 8192), (5120, 3072)]  # (n, k)
 
 
-def make(shape, isa, **knobs):
-    return qmatmul.make(shape, isa, **(knobs or qmatmul.default(shape, isa)))
+def make(shape, x86_isa, **knobs):
+    return qmatmul.make(shape, x86_isa, **(knobs or qmatmul.default(shape, x86_isa)))
 
 
 def weights(shape, seed=0):
@@ -106,35 +106,35 @@ def assert_close(y, expected):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_product(run_kernel, isa, shape):
+def test_product(run_kernel, x86_isa, shape):
     inputs, expected = problem(shape)
-    (y,) = run_kernel(make(shape, isa), isa, *inputs)
+    (y,) = run_kernel(make(shape, x86_isa), x86_isa, *inputs)
     assert y.shape == (shape.m, shape.columns)
     assert_close(y, expected)
 
 
 @pytest.mark.parametrize("knobs", [(1, 2), (2, 1), (4, 4), (6, 1), (12, 2)], ids=str)
-def test_knobs(run_kernel, isa, knobs):
+def test_knobs(run_kernel, x86_isa, knobs):
     """Tiles that divide the tokens and tiles that leave some over."""
     shape, (mr, unroll) = QMatmulShape(13, 32, 128), knobs
-    if not qmatmul.valid(shape, isa, {"mr": mr, "unroll": unroll}):
+    if not qmatmul.valid(shape, x86_isa, {"mr": mr, "unroll": unroll}):
         return
     inputs, expected = problem(shape)
-    (y,) = run_kernel(make(shape, isa, mr=mr, unroll=unroll), isa, *inputs)
+    (y,) = run_kernel(make(shape, x86_isa, mr=mr, unroll=unroll), x86_isa, *inputs)
     assert_close(y, expected)
 
 
 EXTREMES = list(itertools.product((-128, 127), (-8, 7), (-128, 0, 127)))
 
 
-def test_integers_are_exact(run_kernel, isa):
+def test_integers_are_exact(run_kernel, x86_isa):
     """With scales that are powers of two nothing is rounded: sums at their ends, and random."""
     shape = QMatmulShape(1, 32, 256)
-    func = make(shape, isa)
+    func = make(shape, x86_isa)
     scales = np.full((shape.n, shape.k // GROUP), 0.5, np.float32)
 
     def check(x, codes):
-        (y,) = run_kernel(func, isa, *operands(shape, x, codes, scales))
+        (y,) = run_kernel(func, x86_isa, *operands(shape, x, codes, scales))
         dot = x.centred().astype(np.int64) @ codes.T.astype(np.int64)
         np.testing.assert_array_equal(y, dot * 0.125)
 
@@ -145,7 +145,7 @@ def test_integers_are_exact(run_kernel, isa):
     check(activations(shape)._replace(scale=quarter), weights(shape)[0])
 
 
-def test_each_weight_meets_its_activation(run_kernel, isa):
+def test_each_weight_meets_its_activation(run_kernel, x86_isa):
     """One weight other than 0 in each row, all columns in turn: a misplaced nibble is seen."""
     shape = QMatmulShape(1, 64, 64)
     codes = np.zeros((shape.n, shape.k), np.int8)
@@ -154,32 +154,33 @@ def test_each_weight_meets_its_activation(run_kernel, isa):
         np.arange(shape.k, dtype=np.int8)[None], np.ones(1, np.float32), np.zeros(1, np.int32)
     )
     scales = np.ones((shape.n, 2), np.float32)
-    (y,) = run_kernel(make(shape, isa), isa, *operands(shape, x, codes, scales))
+    (y,) = run_kernel(make(shape, x86_isa), x86_isa, *operands(shape, x, codes, scales))
     np.testing.assert_array_equal(y[0], np.arange(shape.n) * 27 % shape.k)
 
 
 @pytest.mark.parametrize("epilogue", ["none", "swiglu"])
-def test_a_call_writes_only_its_columns(run_kernel, isa, epilogue):
+def test_a_call_writes_only_its_columns(run_kernel, x86_isa, epilogue):
     """Work items are blocks of 16 columns of the result."""
     shape = QMatmulShape(3, 64 if epilogue == "none" else 128, 32, epilogue=epilogue)
     inputs, _ = problem(shape)
-    func = make(shape, isa)
-    (whole,) = run_kernel(func, isa, *inputs)
+    func = make(shape, x86_isa)
+    (whole,) = run_kernel(func, x86_isa, *inputs)
     for begin, end in ((0, 0), (0, 1), (1, 3), (3, 4)):
-        (part,) = run_kernel(func, isa, *inputs, begin=begin, end=end)
+        (part,) = run_kernel(func, x86_isa, *inputs, begin=begin, end=end)
         columns = np.s_[begin * ROWS : end * ROWS]
         np.testing.assert_array_equal(part[:, columns], whole[:, columns])
         others = np.ascontiguousarray(np.delete(part, columns, axis=1))
         assert (others.view(np.uint8) == 0x5A).all()
 
 
-def test_levels_agree_to_the_last_bits(run_kernel, isa):
+def test_levels_agree_to_the_last_bits(run_kernel, x86_isa):
     """Rounding differs between levels only by fused multiply-adds, so far less than the limit."""
     shape = SHAPES[0]
     inputs, _ = problem(shape)
     portable = X86Portable()
     (y,), (z,) = (
-        run_kernel(make(shape, level), level, *inputs, end=shape.work) for level in (isa, portable)
+        run_kernel(make(shape, level), level, *inputs, end=shape.work)
+        for level in (x86_isa, portable)
     )
     assert np.abs(y - z).max() <= 2e-6 * np.abs(z).max()
 

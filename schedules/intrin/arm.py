@@ -1,0 +1,110 @@
+"""AArch64 levels: plain NEON (Armv8.0), dotprod, and i8mm.
+
+A level may use only the features that it names, because these are what the library checks at load.
+Naming a CPU (`mcpu`) tells LLVM much more than that, so a named CPU is used for its scheduling
+model alone: whatever it could do beyond the level is switched off again (`_scheduled_for`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from llamac.schedules.intrin.isa import (
+    Isa,
+    float_intrinsic,
+    intrinsic,
+    lanes_of,
+    pick,
+)
+
+TRIPLE = "aarch64-linux-gnu"
+
+
+def _target(*features: str) -> dict[str, Any]:
+    """The features of the level and NEON, nothing else."""
+    mattr = ["+neon", *(f"+{feature}" for feature in features)]
+    return {"kind": "llvm", "mtriple": TRIPLE, "mcpu": "generic", "mattr": mattr}
+
+
+class ArmNeon(Isa):
+    """Any 64-bit Arm CPU; int8 products through widening multiplies."""
+
+    name = "neon"
+    lanes = 4
+    registers = 32
+    codes = "pairs"
+    features: tuple[str, ...] = ()
+    target = _target()
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """A * b + c, rounded once."""
+        return float_intrinsic("fma", lanes_of(a), a, b, c)
+
+    def rint(self, value: Any) -> Any:
+        """Round half to even: frintn."""
+        return float_intrinsic("roundeven", lanes_of(value), value)
+
+    def dot_lane(self, acc: Any, rows: Any, codes: Any, lane: int) -> Any:
+        """acc[i] += sum of 4 products of int8 lanes 4i .. 4i+3 with word `lane` of `codes`, exact.
+
+        Args:
+            acc: int32x4.
+            rows: int8x16, four bytes of four rows.
+            codes: int32x4, four activation codes in each lane.
+            lane: which word of `codes` all rows meet.
+        """
+        word = T.Bind(broadcast_word(codes, lane))
+        sums = [self._pair_sums(rows, word, half) for half in (0, 1)]
+        return acc + intrinsic("int32x4", "llvm.aarch64.neon.addp.v4i32", *sums)
+
+    @staticmethod
+    def _pair_sums(rows: Any, word: Any, half: int) -> Any:
+        """int32x4 with the sums of neighbouring products of one half of two int8x16."""
+        lanes = range(8 * half, 8 * half + 8)
+        products = intrinsic(
+            "int16x8",
+            "llvm.aarch64.neon.smull.v8i16",
+            pick(rows, lanes),
+            pick(word, lanes),
+        )
+        name = "llvm.aarch64.neon.saddlp.v4i32.v8i16"
+        return T.Bind(intrinsic("int32x4", name, T.Bind(products)))
+
+
+class ArmDotprod(ArmNeon):
+    """Armv8.2 with the dot product extension (Cortex-A55, A75, A76 and later)."""
+
+    name = "dotprod"
+    features = ("dotprod",)
+    target = _target(*features)
+
+    def dot_lane(self, acc: Any, rows: Any, codes: Any, lane: int) -> Any:
+        """One sdot by element: LLVM folds the broadcast into the instruction."""
+        return intrinsic(
+            "int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", acc, rows, broadcast_word(codes, lane)
+        )
+
+
+class ArmI8mm(ArmDotprod):
+    """Armv8.6 with int8 matrix products (Cortex-A510, A710, X2, Neoverse V1 and later)."""
+
+    name = "i8mm"
+    features = ("dotprod", "i8mm")
+    target = _target(*features)
+
+    def matmul_2x2(self, acc: Any, lhs: Any, rhs: Any) -> Any:
+        """acc[2i + j] += dot of the 8 bytes of half i of `lhs` with those of half j of `rhs`."""
+        name = "llvm.aarch64.neon.smmla.v4i32.v16i8"
+        return intrinsic("int32x4", name, acc, lhs, rhs)
+
+
+def broadcast_word(words: Any, lane: int) -> Any:
+    """Word `lane` of an int32x4 in all lanes, as int8x16."""
+    return T.reinterpret("int8x16", T.broadcast(tirx.Shuffle([words], [T.int32(lane)]), 4))
+
+
+# Best first: the order in which a library tries them at load.
+ARM_LEVELS: tuple[ArmNeon, ...] = (ArmI8mm(), ArmDotprod(), ArmNeon())
