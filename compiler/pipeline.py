@@ -368,7 +368,7 @@ def _manifest(
         arena_bytes=program.arena_bytes,
         weight_bytes_per_token=program.weight_bytes_per_token(),
     )
-    levels = tuple(LevelEntry(level.name, level.features) for level in soc.levels)
+    levels = tuple(LevelEntry(level.name, level.features) for level in target.levels())
     return Manifest(
         build_id=identity.build_id,
         created_with=tool_versions(),

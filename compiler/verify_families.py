@@ -29,6 +29,7 @@ from llamac.compiler.verify_compare import (
     compare_float16,
 )
 from llamac.runtime.errors import NumericsError
+from llamac.targets.cpu.packing import unpack_codes
 from llamac.targets.program import ProgramKernel
 
 Array = NDArray[Any]
@@ -85,6 +86,7 @@ class StepReference:
             "quantize": self._quantize,
             "hadamard": self._hadamard,
             "qmatmul": self._qmatmul,
+            "qmatmul_quads": self._qmatmul,
             "qmatmul_int8": self._qmatmul_int8,
             "matmul": self._matmul,
             "lora": self._lora,
@@ -114,7 +116,7 @@ class StepReference:
         """Say what is wrong with the place of an operation among the others; "" if nothing is."""
         if len(set(run.sources)) > 1:
             return f"its operands belong to different layers: {sorted(set(run.sources))}"
-        if run.kernel.family != "qmatmul":
+        if run.kernel.family not in ("qmatmul", "qmatmul_quads"):
             return ""
         needs_r4 = self._quant.hadamard_r4 and run.layers[0].endswith(".feed_forward.w2")
         if needs_r4 != (run.producers[0] == "hadamard"):
@@ -142,26 +144,27 @@ class StepReference:
         expected = reference.rms_norm(run.inputs[0], gamma, self._config.norm_eps)
         if len(run.outputs) == 1:
             return [compare_close("y", run.outputs[0], expected)]
-        if len(run.outputs) == 3:
+        y = run.outputs[-1]
+        if y.dtype != np.float32 or len(run.outputs) == 2:
             return self._codes(run.outputs, expected, exact=False)
-        y = run.outputs[3]
         return [compare_close("y", y, expected), *self._codes(run.outputs, y, exact=True)]
 
     def _quantize(self, run: StepRun) -> list[Comparison]:
         return self._codes(run.outputs, run.inputs[0], exact=True)
 
     def _hadamard(self, run: StepRun) -> list[Comparison]:
-        y = run.outputs[3]
+        y = run.outputs[-1]
         transformed = compare_close("y", y, reference.hadamard(run.inputs[0]))
         return [transformed, *self._codes(run.outputs, y, exact=True)]
 
     def _codes(self, outputs: tuple[Array, ...], values: Array, *, exact: bool) -> list[Comparison]:
-        """Compare codes, scale, zero point and offsets."""
-        codes, qparams, offsets = outputs[:3]
-        sums = reference.group_sums(codes, codes.shape[-1] // offsets.shape[-1])
-        rule = self._quant.activation_rule
-        parts = compare_codes(codes, qparams, values, rule, exact=exact)
-        return [*parts, compare_equal("offsets", offsets, OFFSET_FACTOR * sums)]
+        """Compare codes, scale, zero point, and offsets if there are any."""
+        codes, qparams = unpack_codes(outputs[0], len(outputs[1])), outputs[1]
+        parts = compare_codes(codes, qparams, values, self._quant.activation_rule, exact=exact)
+        if len(outputs) > 2 and outputs[2].dtype == np.int32:
+            sums = reference.group_sums(codes, codes.shape[-1] // outputs[2].shape[-1])
+            parts.append(compare_equal("offsets", outputs[2], OFFSET_FACTOR * sums))
+        return parts
 
     def _select(self, run: StepRun) -> list[Comparison]:
         x, meta = run.inputs
@@ -174,17 +177,18 @@ class StepReference:
 
     def _qmatmul(self, run: StepRun) -> list[Comparison]:
         codes, has_lora = _codes_of(run), "lora" in run.producers
+        num_codes = 3 if run.kernel.family == "qmatmul" else 2  # with offsets or without
         parts = []
         for i, name in enumerate(run.layers):
             scales = round_to(self._weights.read(f"{name}.scales"), self._scale_dtype)
             part = reference.qlinear_int4(codes, self._weights.read(f"{name}.weight"), scales)
             if has_lora and self._quant.lora is not None:
                 rank, factor = self._quant.lora.rank, self._quant.lora.scale
-                t = run.inputs[3][:, i * rank : (i + 1) * rank]
+                t = run.inputs[num_codes][:, i * rank : (i + 1) * rank]
                 b = _as_bfloat16(self._weights.read(f"{name}.adaptor.B.weight"))
                 part += factor * reference.linear(t, b)
             parts.append(part)
-        return [_with_epilogue(run, parts, num_inputs=4 if has_lora else 3)]
+        return [_with_epilogue(run, parts, num_inputs=num_codes + has_lora)]
 
     def _qmatmul_int8(self, run: StepRun) -> list[Comparison]:
         [name] = run.layers
@@ -251,7 +255,8 @@ def _linear(x: Array, weight: Array) -> Float64:
 def _codes_of(run: StepRun) -> Quantized:
     """The codes that a matrix kernel read."""
     codes, qparams = run.inputs[:2]
-    return Quantized(codes, qparams[:, 0], qparams[:, 1].astype(np.int32))
+    rows = unpack_codes(codes, len(qparams))
+    return Quantized(rows, qparams[:, 0], qparams[:, 1].astype(np.int32))
 
 
 def _with_epilogue(run: StepRun, parts: list[Float64], num_inputs: int) -> Comparison:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from llamac.targets.cpu.kernels import KernelSpec
     from llamac.targets.program import Pack, Program
-    from llamac.targets.soc import SoC
+    from llamac.targets.soc import Level, SoC
 
 API_VERSION = 1
 """Version of this interface; a plug-in written for another one is refused."""
@@ -163,6 +163,10 @@ class Target(ABC):
             level: name of one of the SoC's levels, or "" where it has none.
         """
         return {}
+
+    def levels(self) -> Sequence[Level]:
+        """Return the feature levels of the library that `build` makes, best first; empty: one."""
+        return self.soc.levels
 
     def check(self) -> Sequence[Missing]:
         """Say what this machine lacks to compile for the target. Empty: ready."""

@@ -33,11 +33,9 @@ class Columns:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Activation codes and what goes with them; `values` are the floats, if they are stored."""
+    """What a quantization stored, and the floats it was made from, if they are stored too."""
 
-    codes: Var
-    qparams: Var
-    offsets: Var
+    operands: tuple[Var, ...]  # codes, (scale, zero point), and offsets if the levels have them
     values: Var | None
 
 
@@ -55,14 +53,14 @@ class KernelLibrary:
     """Kernels of a module, each added once."""
 
     def __init__(self, builder: BlockBuilder, selection: Selection, isa: Isa) -> None:
-        self._builder, self.selection, self._isa = builder, selection, isa
+        self._builder, self.selection, self.isa = builder, selection, isa
         self._vars: dict[str, Any] = {}
 
     def add(self, family: str, shape: Any, name: str) -> Any:
         """Global variable of a kernel, which is added at its first use."""
         if name not in self._vars:
             spec = KernelSpec(name, family, shape)
-            function = spec.make(self._isa)
+            function = spec.make(self.isa)
             self.selection.kernels[name] = spec
             self.selection.work[name] = work_items(function)
             self._vars[name] = self._builder.add_func(over_all_items(function), name)

@@ -11,7 +11,7 @@ from llamac.schedules.lora import LoraShape
 from llamac.schedules.matmul import MatmulShape
 from llamac.schedules.qmatmul import GROUP, GROUP_BYTES, ROWS, QMatmulShape
 from llamac.schedules.qmatmul_int8 import QMatmulInt8Shape
-from llamac.schedules.quantize import QuantizeShape
+from llamac.schedules.quantize import QuantizeShape, codes_shape, has_offsets
 from llamac.targets.cpu.composite_calls import Call, dims, prefix
 from llamac.targets.cpu.emitter import Columns, FunctionState, Quantized
 
@@ -26,8 +26,9 @@ class LinearRules(FunctionState):
             name = f"quantize_{tokens}x{k}"
             shape = QuantizeShape(tokens, k)
             value = self._values[x]
-            codes = self._kernel("quantize", shape, name, [value], code_outputs(tokens, k))
-            self._quantized[x] = Quantized(codes[0], codes[1], codes[2], value)
+            outputs = self._code_outputs(tokens, k)
+            codes = self._kernel("quantize", shape, name, [value], outputs)
+            self._quantized[x] = Quantized(tuple(codes), value)
         return self._quantized[x]
 
     def _select_qlinear(self, call: Call) -> None:
@@ -38,7 +39,7 @@ class LinearRules(FunctionState):
         n, k = sum(dims(c.args[1])[0] for c in calls), dims(call.args[1])[1]
         sources = [prefix(c.args[1]) for c in calls]
         codes = self._codes_of(call.args[0])
-        inputs: list[Var] = [codes.codes, codes.qparams, codes.offsets]
+        inputs: list[Var] = list(codes.operands)
         inputs += self._int4_weights(sources, n, k, epilogue == "swiglu")
         rank, scale, splits = 0, 1.0, tuple[int, ...]()
         if len(call.args) > 3:
@@ -48,13 +49,27 @@ class LinearRules(FunctionState):
         shape = QMatmulShape(
             self._rows(call), n, k, self._scale_dtype, epilogue, rank, scale, splits
         )
-        self._linear_kernel("qmatmul", "qai8dx_qsi4c32", shape, calls, inputs + extra)
+        family = "qmatmul" if self._layout == "int4.codes" else "qmatmul_quads"
+        self._linear_kernel(family, "qai8dx_qsi4c32", shape, calls, inputs + extra)
+
+    @property
+    def _layout(self) -> str:
+        """Layout of int4 weights: signed nibbles need no offsets."""
+        return "int4.codes" if has_offsets(self._library.isa) else "int4.quads"
+
+    def _code_outputs(self, tokens: int, k: int) -> list[tuple[tuple[int, ...], str]]:
+        """Shapes of codes, (scale, zero point), and group offsets if the levels have them."""
+        codes = codes_shape(self._library.isa, tokens, k)
+        outputs: list[tuple[tuple[int, ...], str]] = [(codes, "int8"), ((tokens, 2), "float32")]
+        if has_offsets(self._library.isa):
+            outputs.append(((tokens, k // GROUP), "int32"))
+        return outputs
 
     def _int4_weights(self, sources: Sequence[str], n: int, k: int, swiglu: bool) -> list[Var]:
         groups, bits = k // GROUP, "float16" if self._scale_dtype == "float16" else "uint16"
         blocks = n // ROWS
         return [
-            self._packed("int4.codes", sources, (blocks, groups, GROUP_BYTES), "uint8", swiglu),
+            self._packed(self._layout, sources, (blocks, groups, GROUP_BYTES), "uint8", swiglu),
             self._packed("int4.scales", sources, (blocks, groups, ROWS), bits, swiglu),
             self._packed("int4.ksum", sources, (n,), "float32", swiglu),
         ]
@@ -79,8 +94,7 @@ class LinearRules(FunctionState):
         n, k = dims(weight)
         codes, source = self._codes_of(x), [prefix(weight)]
         inputs = [
-            codes.codes,
-            codes.qparams,
+            *codes.operands[:2],
             self._packed("int8.blocks", source, (n // ROWS, k // 4, 4 * ROWS), "int8"),
             self._packed("int8.scales", source, (n,), "float32"),
             self._packed("int8.wsum", source, (n,), "int32"),
@@ -145,8 +159,3 @@ class LinearRules(FunctionState):
 
     def _rows(self, call: Call) -> int:
         return dims(call.args[0])[0]
-
-
-def code_outputs(tokens: int, k: int) -> list[tuple[tuple[int, ...], str]]:
-    """Shapes of codes, (scale, zero point) and group offsets."""
-    return [((tokens, k), "int8"), ((tokens, 2), "float32"), ((tokens, k // GROUP), "int32")]

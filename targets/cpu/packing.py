@@ -67,6 +67,11 @@ def unpair_codes(codes: Array, m: int) -> Array:
     return rows.reshape(panels * PANEL, groups * GROUP)[:m]
 
 
+def unpack_codes(codes: Array, m: int) -> Array:
+    """Activation codes of m tokens as a kernel stored them -> int8 [m, k]."""
+    return codes if codes.ndim == 2 else unpair_codes(codes, m)
+
+
 def block_columns(rows: Array) -> Array:
     """[n, c] -> [n/16, c, 16]: one column of a block is contiguous."""
     n, columns = rows.shape

@@ -34,7 +34,7 @@ from llamac.schedules.sampling import ArgmaxShape
 from llamac.schedules.select import TakeRowShape
 from llamac.targets.cpu.composite_calls import Call, dims, entry_functions, prefix
 from llamac.targets.cpu.emitter import Columns, KernelLibrary, Quantized, Selection
-from llamac.targets.cpu.linear_rules import LinearRules, code_outputs
+from llamac.targets.cpu.linear_rules import LinearRules
 
 
 def select_kernels(module: IRModule, scale_dtype: str, isa: Isa) -> Selection:
@@ -108,12 +108,11 @@ class _FunctionSelector(LinearRules):
         inputs = [self._values[x], self._packed("float32", [prefix(gamma)], (k,), "float32")]
         suffix = f"{'_quantize' if quantize else ''}{'_lora' if lora else ''}_{tokens}x{k}"
         values = [((tokens, k), "float32")] if lora or not quantize else []
-        outputs = (code_outputs(tokens, k) if quantize else []) + values
+        outputs = (self._code_outputs(tokens, k) if quantize else []) + values
         results = self._kernel("norm", shape, f"rms_norm{suffix}", inputs, outputs)
         if quantize:
-            self._quantized[call.var] = Quantized(
-                results[0], results[1], results[2], results[3] if lora else None
-            )
+            operands = results[:-1] if lora else results
+            self._quantized[call.var] = Quantized(tuple(operands), results[-1] if lora else None)
         else:
             self._values[call.var] = results[0]
 
@@ -121,11 +120,11 @@ class _FunctionSelector(LinearRules):
         if not all(use.kind == "qlinear" and len(use.args) == 3 for use in self._uses[call.var]):
             raise self._uncovered(call, "its result is not the input of quantized linear layers")
         tokens, k = dims(call.var)
-        outputs = [*code_outputs(tokens, k), ((tokens, k), "float32")]
+        outputs = [*self._code_outputs(tokens, k), ((tokens, k), "float32")]
         shape = HadamardShape(tokens, k, quantize=True)
         name = f"hadamard_quantize_{tokens}x{k}"
         results = self._kernel("hadamard", shape, name, [self._values[call.args[0]]], outputs)
-        self._quantized[call.var] = Quantized(results[0], results[1], results[2], None)
+        self._quantized[call.var] = Quantized(tuple(results[:-1]), None)
 
     def _select_rope(self, call: Call) -> None:
         """RoPE waits for its attention: one kernel turns q and k, and stores k and v."""

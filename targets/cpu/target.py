@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llamac.targets import soc
 from llamac.targets.base import (
     Artifact,
     Identity,
@@ -47,6 +48,10 @@ class CpuTarget(Target):
     def isas(self) -> Sequence[Isa]:
         """Instruction sets of the levels of this SoC, best first."""
 
+    def levels(self) -> Sequence[soc.Level]:
+        """The levels by name and features."""
+        return [soc.Level(name=isa.name, features=isa.features) for isa in self.isas()]
+
     def check(self) -> Sequence[Missing]:
         """A C compiler that can link for the target."""
         from llamac.runtime.errors import ToolchainMissing  # noqa: PLC0415
@@ -80,9 +85,7 @@ class CpuTarget(Target):
     ) -> Sequence[Artifact]:
         """Compile all kernels for all levels, and link them with the entry file."""
         from llamac.targets.cpu.entry import Level, entry_source  # noqa: PLC0415
-        from llamac.targets.toolchain import find_toolchain, link_shared  # noqa: PLC0415
 
-        toolchain = find_toolchain()
         work = out / "build"
         work.mkdir(parents=True)
         levels = [Level(isa.name, isa.features) for isa in self.isas()]
@@ -91,11 +94,23 @@ class CpuTarget(Target):
         source = entry_source(lowered.program, identity, levels, self.feature_prefix)
         entry.write_text(source, encoding="ascii")
         progress("link", len(objects), len(objects) + 1)
+        sources = [entry, *sorted(RUNTIME_SOURCES.glob("*.c"))]
+        artifacts = self.link(sources, objects, out)
+        progress("link", len(objects) + 1, len(objects) + 1)
+        header = out / HEADER
+        header.parent.mkdir(exist_ok=True)
+        header.write_bytes((RUNTIME_SOURCES / HEADER.name).read_bytes())
+        return [*artifacts, Artifact(HEADER, "header")]
+
+    def link(self, sources: Sequence[Path], objects: Sequence[Path], out: Path) -> list[Artifact]:
+        """Link the tables and the support library (C sources) with the kernels: one library."""
+        from llamac.targets.toolchain import find_toolchain, link_shared  # noqa: PLC0415
+
         library = out / LIBRARY
         library.parent.mkdir(parents=True, exist_ok=True)
         link_shared(
-            toolchain,
-            sources=[entry, *sorted(RUNTIME_SOURCES.glob("*.c"))],
+            find_toolchain(),
+            sources=sources,
             objects=objects,
             include_dirs=[RUNTIME_SOURCES],
             out=library,
@@ -103,11 +118,7 @@ class CpuTarget(Target):
             soname=LIBRARY.name,
             exports=["llamac_*", "__tvm_ffi_*"],
         )
-        progress("link", len(objects) + 1, len(objects) + 1)
-        header = out / HEADER
-        header.parent.mkdir(exist_ok=True)
-        header.write_bytes((RUNTIME_SOURCES / HEADER.name).read_bytes())
-        return [Artifact(LIBRARY, "library"), Artifact(HEADER, "header")]
+        return [Artifact(LIBRARY, "library")]
 
     def _compile(
         self, lowered: Lowered, levels: Sequence[Level], work: Path, progress: Progress

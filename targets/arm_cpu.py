@@ -1,0 +1,46 @@
+"""64-bit Arm CPUs of phones and boards: one library with a set of kernels per feature level.
+
+The levels of a SoC follow from what its clusters say: plain NEON and dotprod are always there, so
+that a bundle also runs on older members of its family; i8mm and SME are there if a cluster has
+them, others if the SoC file lists its levels. The library picks the best level that CPU and
+operating system really offer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llamac.targets.cpu.target import CpuTarget
+
+if TYPE_CHECKING:
+    from llamac.schedules.intrin.isa import Isa
+
+ALWAYS = frozenset({"neon", "dotprod"})
+# SVE is not among them: the vectors of phones have 128 bits, where NEON is as fast.
+IF_PRESENT = frozenset({"i8mm", "sme"})
+
+
+class ArmCpu(CpuTarget):
+    """AArch64 under Linux and Android."""
+
+    name: ClassVar[str] = "arm-cpu"
+    feature_prefix: ClassVar[str] = "LLAMAC_ARM_"
+    emulated_by: ClassVar[str] = "qemu-aarch64"
+    flavours: ClassVar[tuple[str, ...]] = ("android", "glibc", "musl")
+
+    def tvm_target(self, level: str = "") -> dict[str, Any]:
+        """TVM target of a level; the best one by default."""
+        isas = self.isas()
+        return dict(next((isa for isa in isas if isa.name == level), isas[0]).target)
+
+    def isas(self) -> Sequence[Isa]:
+        """Instruction sets of the SoC's levels, best first."""
+        from llamac.schedules.intrin.arm import ARM_LEVELS  # noqa: PLC0415
+
+        if self.soc.levels:
+            wanted = {level.name for level in self.soc.levels}
+        else:
+            features = {feature for cluster in self.soc.clusters for feature in cluster.features}
+            wanted = ALWAYS | (IF_PRESENT & features)
+        return [isa for isa in ARM_LEVELS if isa.name in wanted]
