@@ -29,60 +29,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamac.runtime.errors import (
-    AbiMismatch,
-    BundleCorrupt,
-    BundleInvalid,
-    ContextFull,
-    CpuUnsupported,
-    DeviceError,
-    LlamacError,
-    OutOfMemory,
-    SessionClosed,
-    UsageError,
-)
+from llamac.runtime.errors import AbiMismatch, BundleInvalid, SessionClosed, UsageError
 from llamac.runtime.manifest import ABI_VERSION
+from llamac.runtime.status import error_of_status
 
 __all__ = ["MAX_THREADS", "Library", "NativeInfo", "NativeModel", "NativeSession"]
 
 MAX_THREADS = 64
-
-# llamac_status: class of error, its cause, what to do. The message comes from the library.
-_STATUS: dict[int, tuple[type[LlamacError], str, str]] = {
-    1: (UsageError, "the library refused an argument", "correct the argument"),
-    2: (
-        BundleCorrupt,
-        "the system could not open or map the weights file",
-        "check that the bundle is complete and may be read",
-    ),
-    3: (
-        BundleCorrupt,
-        "weights and library are not from the same build, or the weights are damaged",
-        "copy the bundle again, or compile it again",
-    ),
-    4: (
-        CpuUnsupported,
-        "the kernels use instructions that this CPU lacks",
-        "choose another level, compile for this CPU, or run with `llamac run --emulate`",
-    ),
-    5: (
-        OutOfMemory,
-        "the system refused memory for the KV cache or the working memory",
-        "close other programs, or compile with a shorter context",
-    ),
-    6: (
-        ContextFull,
-        "the KV cache has a fixed length, chosen when the bundle was compiled",
-        "rewind, start a new session, or compile with a longer context",
-    ),
-    7: (DeviceError, "a compiled kernel reported an error", "check the bundle: llamac verify"),
-    8: (
-        DeviceError,
-        "the system refused to start a thread or to keep it on its CPU",
-        "use fewer threads, or CPUs that this process may use",
-    ),
-}
-
 
 class _Error(ctypes.Structure):
     _fields_ = (("status", ctypes.c_int), ("message", ctypes.c_char * 256))
@@ -192,7 +145,7 @@ class Library:
         error = _Error()
         status = getattr(self._functions, name)(*arguments, byref(error))
         if status != 0:
-            raise _translate(status, error.message.decode("utf-8", "replace"))
+            raise error_of_status(status, error.message.decode("utf-8", "replace"))
 
     def value(self, name: str, *arguments: object) -> Any:
         """Call a function that cannot fail and return its result."""
@@ -225,12 +178,6 @@ def _abi_mismatch(message: str, *, is_newer: bool) -> AbiMismatch:
     )
 
 
-def _translate(status: int, message: str) -> LlamacError:
-    unknown = (DeviceError, f"the library returned status {status}", "check: llamac verify")
-    kind, cause, fix = _STATUS.get(status, unknown)
-    return kind(message or f"the library returned status {status}", cause=cause, fix=fix)
-
-
 class NativeModel:
     """An open model: mapped weights and the kernels chosen for this CPU."""
 
@@ -253,6 +200,10 @@ class NativeModel:
             info.model_name.decode("utf-8", "replace"),
             info.level.decode("utf-8", "replace"),
         )
+
+    def open_session(self, threads: int, cpus: Sequence[int]) -> NativeSession:
+        """Open a session; without CPUs its threads may move."""
+        return NativeSession(self, threads, cpus)
 
     @property
     def is_closed(self) -> bool:
@@ -281,7 +232,9 @@ class NativeSession:
         )
         model.library.call("llamac_session_create", model.handle, byref(options), byref(handle))
         self._library = model.library
-        self._vocab_size = model.info.vocab_size
+        info = model.info
+        self._vocab_size = info.vocab_size
+        self._space_bytes = (info.weights_bytes, info.arena_bytes, info.kv_bytes)
         self._handle = handle
         self._lock = threading.RLock()
         self._release = weakref.finalize(
@@ -329,7 +282,7 @@ class NativeSession:
         with self._lock:
             pointer = self._value("llamac_session_logits")
             if not pointer:
-                raise _translate(7, "the library has no logits")
+                raise error_of_status(7, "the library has no logits")
             return np.ctypeslib.as_array(pointer, (self._vocab_size,)).copy()
 
     def argmax(self) -> int:
@@ -348,15 +301,38 @@ class NativeSession:
         """Run some steps of a compiled function on the memory as it is (for verification)."""
         self._call("llamac_session_run_steps", function.encode(), first, count)
 
-    def memory(self, space: int) -> int:
-        """Return the address of a space: 0 weights, 1 arena, 2 KV (for verification)."""
-        return int(self._value("llamac_session_memory", space) or 0)
+    def read_memory(self, space: int, offset: int, num_bytes: int) -> bytes:
+        """Return a copy of a part of a space: 0 weights, 1 arena, 2 KV (for verification).
+
+        Raises:
+            UsageError: the part is not inside the space.
+        """
+        with self._lock:
+            return ctypes.string_at(self._place(space, offset, num_bytes), num_bytes)
+
+    def write_memory(self, space: int, offset: int, data: bytes) -> None:
+        """Replace a part of the arena or of the KV cache (for verification).
+
+        Raises:
+            UsageError: the part is not inside the space, or the space is read-only.
+        """
+        if space == 0:
+            raise error_of_status(1, "the weights cannot be written")
+        with self._lock:
+            ctypes.memmove(self._place(space, offset, len(data)), data, len(data))
+
+    def _place(self, space: int, offset: int, num_bytes: int) -> int:
+        """Address of a part of a space, inside which it must lie."""
+        size = self._space_bytes[space] if 0 <= space < len(self._space_bytes) else -1
+        if not (0 <= offset <= size and 0 <= num_bytes <= size - offset):
+            raise error_of_status(1, f"bytes {offset} to {offset + num_bytes} of space {space}")
+        return int(self._value("llamac_session_memory", space)) + offset
 
     def profile(self, enable: bool) -> None:
         """Start or stop measuring how long each step takes."""
         status = self._value("llamac_session_profile", int(enable))
         if status != 0:
-            raise _translate(status, "profiling cannot be switched")
+            raise error_of_status(status, "profiling cannot be switched")
 
     def step_ns(self, function: str) -> NDArray[np.uint64]:
         """Return the nanoseconds spent in each step of a function since profiling started."""

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from llamac.runtime.backend import BackendModel, BackendSession
 from llamac.runtime.errors import ContextFull, SessionClosed, UsageError
 from llamac.runtime.generation import Generation
-from llamac.runtime.library import NativeModel, NativeSession
 from llamac.runtime.sampler import Sampling
 from llamac.runtime.tokenizer import Tokenizer
 
@@ -27,9 +27,9 @@ class Session:
     """
 
     def __init__(
-        self, model: NativeModel, tokenizer: Tokenizer, threads: int, cpus: Sequence[int]
+        self, model: BackendModel, tokenizer: Tokenizer, threads: int, cpus: Sequence[int]
     ) -> None:
-        self._native = NativeSession(model, threads, cpus)
+        self._native = model.open_session(threads, cpus)
         self._info = model.info
         self._tokenizer = tokenizer
         # The whole context. The library has evaluated the first `self._native.position()` of it.
@@ -38,7 +38,7 @@ class Session:
         self._has_logits = False
 
     @property
-    def native(self) -> NativeSession:
+    def native(self) -> BackendSession:
         """The library's session, for verification and profiling."""
         return self._native
 

@@ -14,7 +14,7 @@ from llamac.targets.base import API_VERSION, Target
 
 GROUP = "llamac.targets"
 
-PLANNED = frozenset({"arm-cpu", "hexagon-hvx", "qnn-htp", "neuropilot"})
+PLANNED = frozenset({"hexagon-hvx", "qnn-htp", "neuropilot"})
 """Plug-ins that SoC files name and that a later version of llamac brings."""
 
 
