@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from llamac.compiler.describe import (
 from llamac.compiler.dump import Dump
 from llamac.compiler.progress import Progress, Report
 from llamac.runtime.errors import NumericsError, TargetUnknown, UsageError
+from llamac.runtime.library import open_library
 from llamac.runtime.manifest import (
     MANIFEST_NAME,
     FunctionEntry,
@@ -331,8 +333,7 @@ def _verify(
     [library] = [artifact.path for artifact in artifacts if artifact.role == "library"]
     report = verify_library(
         program,
-        folder / library,
-        folder / WEIGHTS,
+        partial(open_library, folder / library, folder / WEIGHTS),
         checkpoint,
         scale_dtype=config.scale_dtype,
         kv_dtype=config.kv_dtype,

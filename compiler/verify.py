@@ -11,11 +11,12 @@ that is missing. What is compared how is told in docs/numerics.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -26,9 +27,9 @@ from llamac.compiler.progress import Progress, SilentProgress
 from llamac.compiler.reference_model import ReferenceModel
 from llamac.compiler.verify_steps import OperationResult, StepVerifier, worst_by_kernel
 from llamac.compiler.verify_text import TextResult, compare_text
-from llamac.runtime.checks import check_target, verify_files
+from llamac.runtime.backend import BackendModel, BackendSession, Machine
+from llamac.runtime.checks import verify_files
 from llamac.runtime.errors import UsageError
-from llamac.runtime.library import Library, NativeModel, NativeSession
 from llamac.runtime.manifest import (
     Manifest,
     OperationCheck,
@@ -36,6 +37,7 @@ from llamac.runtime.manifest import (
     Verification,
     read_manifest,
 )
+from llamac.runtime.model import ThisMachine
 from llamac.runtime.tokenizer import Tokenizer
 from llamac.targets.base import Progress as Advance
 from llamac.targets.program import Function, Program
@@ -47,6 +49,9 @@ DEFAULT_TEXT = (
     "the lid, and saw a letter that nobody had read for a hundred years."
 )
 PROGRAM_FILE = "program.json"
+
+OpenModel: TypeAlias = Callable[[str | None], BackendModel]
+"""Opens a built model with the kernels of a level, or with the best ones for None."""
 
 # Tokens that are in the context before single steps are compared: an odd place inside a block of
 # keys, so that a chunk of eight crosses into the next one.
@@ -163,8 +168,7 @@ def probe_tokens(
 
 def verify_library(  # noqa: PLR0913 (keywords, each with a default)
     program: Program,
-    library_path: Path,
-    weights_path: Path,
+    open_model: OpenModel,
     checkpoint: Checkpoint,
     *,
     scale_dtype: str,
@@ -179,8 +183,7 @@ def verify_library(  # noqa: PLR0913 (keywords, each with a default)
 
     Args:
         program: what the library was built from.
-        library_path: the library; it is loaded and run.
-        weights_path: its packed weights.
+        open_model: opens the library for a level, None for the best; it is run.
         checkpoint: the model, as it was read for compiling.
         scale_dtype: what int4 group scales are stored as.
         kv_dtype: what keys and values are stored as.
@@ -196,7 +199,7 @@ def verify_library(  # noqa: PLR0913 (keywords, each with a default)
     """
     with (
         single_threaded_blas(),
-        _session(library_path, weights_path, level, threads) as (model, session),
+        _session(open_model, level, threads) as (model, session),
     ):
         text = list(tokens[: model.info.context_length])
         functions = _functions_to_verify(program, all_functions)
@@ -220,12 +223,12 @@ def verify_library(  # noqa: PLR0913 (keywords, each with a default)
 
 @contextmanager
 def _session(
-    library: Path, weights: Path, level: str | None, threads: int
-) -> Iterator[tuple[NativeModel, NativeSession]]:
-    """A session on a library, closed at the end."""
-    model = NativeModel(Library(library), weights, level)
+    open_model: OpenModel, level: str | None, threads: int
+) -> Iterator[tuple[BackendModel, BackendSession]]:
+    """A session, closed at the end."""
+    model = open_model(level)
     try:
-        session = NativeSession(model, threads, ())
+        session = model.open_session(threads, ())
         try:
             yield model, session
         finally:
@@ -277,6 +280,7 @@ def verify_bundle(
     threads: int = 2,
     level: str | None = None,
     all_functions: bool = False,
+    machine: Machine | None = None,
 ) -> VerifyReport:
     """Compare a bundle with the reference arithmetic of the checkpoint it was compiled from.
 
@@ -289,6 +293,7 @@ def verify_bundle(
         threads: of the library.
         level: kernels to run; None takes the best for this CPU.
         all_functions: compare the steps of every prefill function.
+        machine: where the bundle runs; None: here.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -298,7 +303,8 @@ def verify_bundle(
     progress = progress or SilentProgress()
     with progress.stage("read the checkpoint"):
         manifest = read_manifest(bundle)
-        check_target(manifest)
+        machine = machine or ThisMachine()
+        machine.check(bundle, manifest)
         verify_files(bundle, manifest)
         checkpoint = _read_checkpoint(bundle, manifest, model)
         tokens = probe_tokens(manifest.tokenizer, checkpoint, text, max_tokens)
@@ -306,8 +312,7 @@ def verify_bundle(
     with progress.stage("verify") as stage:
         return verify_library(
             program,
-            bundle / manifest.file("library"),
-            bundle / manifest.file("weights"),
+            partial(machine.open, bundle, manifest),
             checkpoint,
             scale_dtype=manifest.quantization.scale_dtype,
             kv_dtype=manifest.quantization.kv_cache,

@@ -8,7 +8,7 @@ a memory plan that reuses a place too early is found as well.
 
 from __future__ import annotations
 
-import ctypes
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from llamac.compiler.checkpoint import Checkpoint
 from llamac.compiler.verify_compare import EXACT_DB, LARGEST
 from llamac.compiler.verify_families import StepReference, StepRun
-from llamac.runtime.library import NativeSession
+from llamac.runtime.backend import BackendSession
 from llamac.targets.program import SPACES, Function, Pack, Program, ProgramTensor, Step
 
 Array = NDArray[Any]
@@ -67,31 +67,45 @@ class OperationResult:
 
 
 class SessionMemory:
-    """Tensors of a program in the memory of a session, as views."""
+    """Tensors of a program in the memory of a session."""
 
-    def __init__(self, session: NativeSession, program: Program) -> None:
-        self._spaces = {
-            space: _bytes_at(session.memory(SPACES.index(space)), size)
-            for space, size in (("arena", program.arena_bytes), ("kv", program.kv_bytes))
-        }
+    def __init__(self, session: BackendSession) -> None:
+        self._session = session
 
-    def view(self, tensor: ProgramTensor) -> Array:
-        """The tensor where it lies; kernels change it."""
-        data = self._spaces[tensor.space][tensor.offset : tensor.offset + tensor.num_bytes]
-        dtype = _NUMPY_DTYPES.get(tensor.dtype, tensor.dtype)
-        return data.view(dtype).reshape(tensor.shape)
+    def read(self, tensor: ProgramTensor) -> Array:
+        """A copy of a tensor."""
+        return self._read(tensor, 0, tensor.shape)
+
+    def write(self, tensor: ProgramTensor, values: ArrayLike) -> None:
+        """Replace a tensor."""
+        array = np.broadcast_to(np.asarray(values, _numpy_dtype(tensor)), tensor.shape)
+        self._session.write_memory(SPACES.index(tensor.space), tensor.offset, array.tobytes())
 
     def cache_rows(self, tensor: ProgramTensor, count: int) -> Array:
         """A copy of the first `count` positions of a cache tensor, [P, Hkv, D]."""
-        view = self.view(tensor)
-        if view.ndim == 3:
-            return view[:, :count].transpose(1, 0, 2).copy()
-        blocks = view[:, : -(-count // view.shape[3])].transpose(1, 3, 0, 2)
-        return blocks.reshape(-1, *blocks.shape[2:])[:count].copy()
+        heads, positions, *inner = tensor.shape
+        # Plain [Hkv, P, D], or in blocks of positions, [Hkv, P / B, D, B].
+        wanted = min(positions, count if len(inner) == 1 else -(-count // inner[-1]))
+        size = tensor.num_bytes // heads
+        cache = np.stack(
+            [self._read(tensor, head * size, (wanted, *inner)) for head in range(heads)]
+        )
+        if cache.ndim == 3:
+            return cache.transpose(1, 0, 2)
+        blocks = cache.transpose(1, 3, 0, 2)
+        return blocks.reshape(-1, *blocks.shape[2:])[:count]
+
+    def _read(self, tensor: ProgramTensor, start: int, shape: Sequence[int]) -> Array:
+        """A copy of a part of a tensor that begins `start` bytes behind its first."""
+        dtype = _numpy_dtype(tensor)
+        num_bytes = dtype.itemsize * math.prod(shape)
+        space = SPACES.index(tensor.space)
+        data = self._session.read_memory(space, tensor.offset + start, num_bytes)
+        return np.frombuffer(data, dtype).reshape(shape)
 
 
-def _bytes_at(address: int, size: int) -> NDArray[np.uint8]:
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+def _numpy_dtype(tensor: ProgramTensor) -> np.dtype[Any]:
+    return np.dtype(_NUMPY_DTYPES.get(tensor.dtype, tensor.dtype))
 
 
 class StepVerifier:
@@ -105,10 +119,10 @@ class StepVerifier:
     """
 
     def __init__(
-        self, program: Program, session: NativeSession, checkpoint: Checkpoint, scale_dtype: str
+        self, program: Program, session: BackendSession, checkpoint: Checkpoint, scale_dtype: str
     ) -> None:
         self._program, self._session, self._checkpoint = program, session, checkpoint
-        self._memory = SessionMemory(session, program)
+        self._memory = SessionMemory(session)
         self._reference = StepReference(checkpoint, scale_dtype)
 
     def verify(
@@ -144,7 +158,7 @@ class StepVerifier:
         return sorted(needed - used)
 
     def _set(self, tensor: int, values: ArrayLike) -> None:
-        self._memory.view(self._program.tensors[tensor])[:] = values
+        self._memory.write(self._program.tensors[tensor], values)
 
     def _verify_step(
         self, function: Function, index: int, step: Step, position: int, trace: _Trace, name: str
@@ -200,7 +214,7 @@ class _Trace:
             writer = self._writers[changed[0]]
             origin = "the caller" if writer < 0 else self.name(writer)
             problem = f"its input was overwritten since {origin} wrote it: the memory plan is wrong"
-        return tuple(self._memory.view(self._program.tensors[i]).copy() for i in read), problem
+        return tuple(self._memory.read(self._program.tensors[i]) for i in read), problem
 
     def wrote(self, step: Step, index: int) -> tuple[Array, ...]:
         """Copies of the arena tensors that a step is the first to touch: its outputs."""
@@ -208,7 +222,7 @@ class _Trace:
         for i in written:
             self._writers[i] = index
             self._checksums[i] = self._checksum(i)
-        return tuple(self._memory.view(self._program.tensors[i]).copy() for i in written)
+        return tuple(self._memory.read(self._program.tensors[i]) for i in written)
 
     def producers(self, step: Step) -> tuple[str, ...]:
         """Families of the kernels that wrote the tensors that a step reads."""
@@ -241,7 +255,7 @@ class _Trace:
         return self._program.tensors[index].space == "arena"
 
     def _checksum(self, index: int) -> int:
-        return zlib.crc32(self._memory.view(self._program.tensors[index]).tobytes())
+        return zlib.crc32(self._memory.read(self._program.tensors[index]).tobytes())
 
 
 def _layer_of(name: str) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from llamac.compiler.reference import Float64
 from llamac.compiler.reference_model import ReferenceModel
 from llamac.compiler.verify_compare import sqnr
-from llamac.runtime.library import NativeSession
+from llamac.runtime.backend import BackendSession
 
 # The thresholds; docs/numerics.md says how far correct and broken libraries are from them.
 NLL_ABSOLUTE, NLL_RELATIVE = 0.02, 0.01
@@ -133,7 +133,7 @@ def _nll(logits: Float64, token: int) -> float:
 
 
 def compare_text(
-    session: NativeSession,
+    session: BackendSession,
     model: ReferenceModel,
     tokens: Sequence[int],
     advance: Callable[[int, str], None],

@@ -29,13 +29,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamac.runtime.errors import AbiMismatch, BundleInvalid, SessionClosed, UsageError
+from llamac.runtime.errors import AbiMismatch, BundleInvalid, SessionClosed
 from llamac.runtime.manifest import ABI_VERSION
 from llamac.runtime.status import error_of_status
 
-__all__ = ["MAX_THREADS", "Library", "NativeInfo", "NativeModel", "NativeSession"]
+__all__ = [
+    "MAX_THREADS",
+    "Library",
+    "NativeInfo",
+    "NativeModel",
+    "NativeSession",
+    "open_library",
+]
 
 MAX_THREADS = 64
+
 
 class _Error(ctypes.Structure):
     _fields_ = (("status", ctypes.c_int), ("message", ctypes.c_char * 256))
@@ -213,6 +221,11 @@ class NativeModel:
     def close(self) -> None:
         """Unmap the weights as soon as no session uses them; more calls do nothing."""
         self._release()
+
+
+def open_library(library: Path, weights: Path, level: str | None) -> NativeModel:
+    """Load a library and open its weights, with the kernels of a level or the best ones."""
+    return NativeModel(Library(library), weights, level)
 
 
 class NativeSession:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llamac.runtime import checks, system
+from llamac.runtime.backend import BackendModel, Machine
 from llamac.runtime.chat import Chat, find_template
 from llamac.runtime.errors import BundleInvalid, SessionClosed, UsageError
 from llamac.runtime.generation import Generation
-from llamac.runtime.library import MAX_THREADS, Library, NativeInfo, NativeModel
+from llamac.runtime.library import MAX_THREADS, NativeInfo, NativeModel, open_library
 from llamac.runtime.manifest import Manifest, read_manifest
 from llamac.runtime.session import Session
 from llamac.runtime.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from llamac.runtime.generation import GenerationOptions
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "ThisMachine", "load"]
 
 
 def load(
@@ -33,6 +34,7 @@ def load(
     level: str | None = None,
     check: Literal["quick", "full", "none"] = "quick",
     check_memory: bool = True,
+    machine: Machine | None = None,
 ) -> Model:
     """Load a bundle that `llamac compile` wrote.
 
@@ -48,6 +50,7 @@ def load(
             "none" compares sizes only.
         check_memory: refuse if the free memory is less than KV cache, working memory and a
             reserve. Weights do not count, as the system may drop mapped pages.
+        machine: where to run it, such as `llamac.targets.emulator.Emulator`; None: here.
 
     Raises:
         BundleMissing: there is no bundle.
@@ -68,7 +71,8 @@ def load(
             fix='give "quick", "full" or "none"',
         )
     manifest = read_manifest(folder)
-    checks.check_target(manifest)
+    machine = machine or ThisMachine()
+    machine.check(folder, manifest)
     checks.check_level(manifest, level)
     if check == "none":
         checks.verify_sizes(folder, manifest)
@@ -76,7 +80,21 @@ def load(
         checks.verify_files(folder, manifest, full=check == "full")
     if check_memory:
         _check_session_memory(manifest)
-    return Model(folder, manifest, level=level, team=team, check_memory=check_memory)
+    return Model(folder, manifest, machine, level=level, team=team, check_memory=check_memory)
+
+
+class ThisMachine:
+    """The machine and the process of this program, which loads the bundle's library."""
+
+    def check(self, bundle: Path, manifest: Manifest) -> None:
+        """Compare architecture, operating system and version."""
+        checks.check_target(manifest)
+
+    def open(self, bundle: Path, manifest: Manifest, level: str | None) -> NativeModel:
+        """Load the library and open the weights."""
+        return open_library(
+            bundle / manifest.file("library"), bundle / manifest.file("weights"), level
+        )
 
 
 class Model:
@@ -89,6 +107,7 @@ class Model:
         self,
         bundle: Path,
         manifest: Manifest,
+        machine: Machine,
         *,
         level: str | None,
         team: tuple[int, tuple[int, ...]],
@@ -103,8 +122,7 @@ class Model:
             manifest.tokenizer,
             vocab_size=manifest.model.vocab_size,
         )
-        library = Library(bundle / manifest.file("library"))
-        self._native = NativeModel(library, bundle / manifest.file("weights"), level)
+        self._native = machine.open(bundle, manifest, level)
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._check_info()
 
@@ -142,8 +160,8 @@ class Model:
         return self._tokenizer
 
     @property
-    def native(self) -> NativeModel:
-        """The library's model, for measurements."""
+    def native(self) -> BackendModel:
+        """The model below, for verification and measurements."""
         return self._native
 
     @property

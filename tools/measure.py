@@ -119,9 +119,13 @@ def _round(session: Session, request: Request, vocab_size: int, result: Measurem
 
 
 def _bandwidth_gb_s(model: Model, threads: int) -> float:
-    """Measure read bandwidth over as many bytes as a token needs, within limits."""
+    """Measure read bandwidth over as many bytes as a token needs, within limits; 0: unknown."""
+    from llamac.runtime.library import NativeModel  # noqa: PLC0415 (not part of load_s)
+
     wanted = max(model.manifest.memory.weight_bytes_per_token, SMALLEST_BUFFER)
     num_bytes = min(wanted, LARGEST_BUFFER)
+    if not isinstance(model.native, NativeModel):
+        return 0.0
     return model.native.library.read_bandwidth(threads, num_bytes, BANDWIDTH_SECONDS)
 
 

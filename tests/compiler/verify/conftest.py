@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from llamac.compiler.frontends.meta import from_meta
 from llamac.compiler.pipeline import CompileConfig, compile_bundle
 from llamac.compiler.progress import SilentProgress
 from llamac.compiler.verify import VerifyReport, verify_library
+from llamac.runtime.library import open_library
 from llamac.runtime.manifest import read_manifest
 from llamac.targets.cpu import packing
 from llamac.targets.program import Program
@@ -50,8 +52,11 @@ class Built:
         }
         return verify_library(
             self.program,
-            self.bundle / manifest.file("library"),
-            weights or self.bundle / manifest.file("weights"),
+            partial(
+                open_library,
+                self.bundle / manifest.file("library"),
+                weights or self.bundle / manifest.file("weights"),
+            ),
             checkpoint or self.checkpoint,
             **(arguments | options),
         )

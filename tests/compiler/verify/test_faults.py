@@ -6,19 +6,20 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from llamac.compiler import verify
 from llamac.compiler.checkpoint import Checkpoint
 from llamac.compiler.config import LoraConfig
 from llamac.compiler.verify import VerifyReport, verify_library
 from llamac.compiler.verify_steps import SessionMemory
+from llamac.runtime import library
 from llamac.runtime.errors import NumericsError
-from llamac.runtime.library import NativeSession
+from llamac.runtime.library import NativeSession, open_library
 from llamac.runtime.manifest import read_manifest
 from llamac.targets.program import Program, ProgramTensor
 
@@ -226,9 +227,9 @@ def test_a_memory_plan_that_reuses_a_place_too_early_is_found(
         def run_steps(self, function: str, first: int, count: int) -> None:
             super().run_steps(function, first, count)
             if (function, first) == ("decode", 3):
-                SessionMemory(self, program).view(stream)[:] = 0
+                SessionMemory(self).write(stream, 0)
 
-    monkeypatch.setattr(verify, "NativeSession", Overwriting)
+    monkeypatch.setattr(library, "NativeSession", Overwriting)
     report = spinquant.verify()
     assert "(layers.0.attention.wo)" in report.first_failure
     assert "overwritten since embedding" in report.first_failure
@@ -245,9 +246,11 @@ def test_a_result_that_is_no_number_is_a_failure(
             super().run_steps(function, first, count)
             if (function, first) == ("decode", 2):
                 result = program.tensors[decode.steps[2].operands[-1]]
-                SessionMemory(self, program).view(result)[0, 5] = np.nan
+                values = SessionMemory(self).read(result).copy()
+                values[0, 5] = np.nan
+                SessionMemory(self).write(result, values)
 
-    monkeypatch.setattr(verify, "NativeSession", Nan)
+    monkeypatch.setattr(library, "NativeSession", Nan)
     report = spinquant.verify()
     assert "decode, step 2, " in report.first_failure
     assert "result[0, 5] is nan" in report.first_failure
@@ -261,8 +264,11 @@ def test_a_kernel_of_an_unknown_family_cannot_be_verified(spinquant: Built) -> N
     with pytest.raises(NumericsError, match="magic"):
         verify_library(
             replace(program, kernels=renamed),
-            spinquant.bundle / manifest.file("library"),
-            spinquant.bundle / manifest.file("weights"),
+            partial(
+                open_library,
+                spinquant.bundle / manifest.file("library"),
+                spinquant.bundle / manifest.file("weights"),
+            ),
             spinquant.checkpoint,
             scale_dtype="float16",
             kv_dtype="float16",
