@@ -26,6 +26,7 @@ __all__ = [
     "MEMORY_RESERVE_BYTES",
     "WeightsHeader",
     "bundle_file",
+    "check_abi",
     "check_level",
     "check_memory",
     "check_target",
@@ -145,12 +146,11 @@ def _corrupt(message: str) -> BundleCorrupt:
     )
 
 
-def check_target(manifest: Manifest) -> None:
-    """Check that this machine and this runtime can run the bundle's library.
+def check_abi(manifest: Manifest) -> None:
+    """Check that bundle and runtime speak the same version of the interface.
 
     Raises:
-        AbiMismatch: the library was made for another version of the runtime.
-        CpuUnsupported: it was made for another architecture or operating system.
+        AbiMismatch: they do not.
     """
     if manifest.abi_version != ABI_VERSION:
         is_newer = manifest.abi_version > ABI_VERSION
@@ -159,6 +159,16 @@ def check_target(manifest: Manifest) -> None:
             cause="bundle and runtime come from different versions of llamac",
             fix="update llamac on this machine" if is_newer else "compile the model again",
         )
+
+
+def check_target(manifest: Manifest) -> None:
+    """Check that this machine and this runtime can run the bundle's library.
+
+    Raises:
+        AbiMismatch: the library was made for another version of the runtime.
+        CpuUnsupported: it was made for another architecture or operating system.
+    """
+    check_abi(manifest)
     target = manifest.target
     here = (system.machine(), system.operating_system())
     if (target.arch, target.os) != here:

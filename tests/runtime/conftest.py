@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from llamac.runtime.manifest import (
     file_sha256,
     sample_sha256,
 )
+from llamac.targets.runner_program import RUNNER, link_runner
 from llamac.targets.toolchain import find_toolchain, link_shared
 
 VOCAB, CONTEXT, MAX_CHUNK, SCRIPT_ENTRIES = 288, 96, 16, 1024
@@ -126,6 +128,21 @@ def chain_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def chain_runner(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Build the chain model's llamac-runner for an architecture, as bundles of Arm have one."""
+    folder = tmp_path_factory.mktemp("runner")
+
+    def build(arch: str) -> Path:
+        out = folder / f"llamac-runner-{arch}"
+        if not out.exists():
+            source = Path(__file__).with_name("chain_model.c")
+            link_runner(find_toolchain(), entry=source, objects=[], arch=arch, out=out)
+        return out
+
+    return build
+
+
 class BundleMaker:
     """Writes bundles of the chain model into new folders."""
 
@@ -135,18 +152,25 @@ class BundleMaker:
         self.count = 0
 
     def __call__(
-        self, script: Mapping[int, int] | None = None, change: Change | None = None
+        self,
+        script: Mapping[int, int] | None = None,
+        change: Change | None = None,
+        runner: Path | None = None,
     ) -> Path:
         """Write a bundle.
 
         Args:
             script: the certain token after a context of so many tokens.
             change: edits the manifest's JSON.
+            runner: its llamac-runner, if it gets one.
         """
         self.count += 1
         bundle = self.folder / f"bundle{self.count}"
         (bundle / "lib").mkdir(parents=True)
         (bundle / "lib" / "libmodel.so").write_bytes(self.library.read_bytes())
+        if runner is not None:
+            (bundle / "bin").mkdir()
+            shutil.copy(runner, bundle / RUNNER)
         singles = [bytes([value]) for value in range(256)]
         (bundle / "tokenizer.model").write_bytes(tiktoken_lines([*singles, *MERGES]))
         entries = np.zeros(SCRIPT_ENTRIES, "<i4")
@@ -161,6 +185,8 @@ class BundleMaker:
         """Write manifest.json for the files as they are now."""
         roles = {"lib/libmodel.so": "library", "weights.bin": "weights"}
         roles["tokenizer.model"] = "tokenizer"
+        if (bundle / RUNNER).exists():
+            roles[str(RUNNER)] = "runner"
         files = {}
         for name, role in roles.items():
             path = bundle / name
@@ -182,6 +208,22 @@ def make_bundle(tmp_path: Path, chain_library: Path) -> BundleMaker:
 def bundle(tmp_path_factory: pytest.TempPathFactory, chain_library: Path) -> Path:
     """A bundle that no test changes."""
     return BundleMaker(tmp_path_factory.mktemp("shared_bundle"), chain_library)()
+
+
+@pytest.fixture(scope="session")
+def arm_bundle(
+    tmp_path_factory: pytest.TempPathFactory,
+    chain_library: Path,
+    chain_runner: Callable[[str], Path],
+) -> Path:
+    """The chain model as a bundle for AArch64, whose runner QEMU executes."""
+    make = BundleMaker(tmp_path_factory.mktemp("arm_bundle"), chain_library)
+
+    def change(document: dict[str, Any]) -> None:
+        document["target"] |= {"arch": "aarch64", "soc": "armv8", "plugin": "arm-cpu"}
+        document["target"]["levels"][0] = {"name": "foreign", "features": ["avx512vnni"]}
+
+    return make(change=change, runner=chain_runner("aarch64"))
 
 
 @pytest.fixture

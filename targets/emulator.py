@@ -1,0 +1,207 @@
+"""Run bundles of another processor here: qemu's user mode and the bundle's llamac-runner.
+
+    with load("llama-1b-sm8650", machine=find_emulator()) as model:
+        print(*model.generate("Why is the sky blue?", max_tokens=8), sep="")
+
+The emulated CPU is a model of QEMU's, such as cortex-a76, with properties behind it if wanted:
+"max,sve256=on". The library in the runner picks its kernels by what that CPU offers, as it does on
+a device. Speeds are those of the emulator and say nothing about a device.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamac.runtime import system
+from llamac.runtime.checks import bundle_file, check_abi
+from llamac.runtime.errors import (
+    BundleInvalid,
+    CpuUnsupported,
+    LlamacError,
+    ToolchainMissing,
+    UsageError,
+)
+from llamac.runtime.manifest import Manifest
+from llamac.runtime.remote import RemoteModel
+from llamac.targets.runner_program import RUNNER_ROLE
+
+ARCH = "aarch64"
+PROGRAMS = (f"qemu-{ARCH}", f"qemu-{ARCH}-static")
+PROGRAM_VARIABLE = "LLAMAC_QEMU"
+CPU_VARIABLE = "QEMU_CPU"
+DEFAULT_CPU = "max"
+
+# Older ones compute int8 outer products of SME wrongly, so that their "max" must not offer it.
+FIRST_VERSION_WITH_SME = (10, 0)
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """An emulator that was found, and the CPU that it stands for.
+
+    Attributes:
+        program: its path.
+        version: of QEMU, (7, 2, 22).
+        cpu: model and properties as QEMU's -cpu takes them.
+        has_plugins: whether it loads plug-ins, which counting instructions needs.
+    """
+
+    program: str
+    version: tuple[int, ...]
+    cpu: str
+    has_plugins: bool
+
+    @property
+    def description(self) -> str:
+        """What it is, for people."""
+        version = ".".join(map(str, self.version))
+        return f"{Path(self.program).name} {version}, CPU model {self.cpu}"
+
+    def command(self, *program: str | Path, plugin: str = "") -> list[str]:
+        """Return the command that runs a static program with its arguments.
+
+        Args:
+            program: path and arguments.
+            plugin: what QEMU's -plugin takes; "" loads none.
+        """
+        plugins = ("-plugin", plugin) if plugin else ()
+        return [self.program, "-cpu", self.cpu, *plugins, *map(str, program)]
+
+    def check(self, bundle: Path, manifest: Manifest) -> None:
+        """Check that the bundle is for the emulated architecture and has a runner.
+
+        Raises:
+            UsageError: it is for another architecture.
+            BundleInvalid: it has no runner.
+            AbiMismatch: bundle and runtime are of different versions.
+        """
+        check_abi(manifest)
+        target = manifest.target
+        if target.arch != ARCH:
+            is_native = (target.arch, target.os) == (system.machine(), system.operating_system())
+            raise UsageError(
+                f"the bundle is for {target.arch} ({target.soc}), which is not emulated",
+                cause=f"--emulate runs bundles for {ARCH}",
+                fix="leave out --emulate: this machine runs the bundle itself"
+                if is_native
+                else f"run it on a {target.arch} machine",
+            )
+        runner_of(bundle, manifest)
+
+    def open(self, bundle: Path, manifest: Manifest, level: str | None) -> RemoteModel:
+        """Start the bundle's runner and open its weights."""
+        weights = bundle / manifest.file("weights")
+        return self.open_runner(runner_of(bundle, manifest), weights, level)
+
+    def open_runner(self, runner: Path, weights: Path, level: str | None) -> RemoteModel:
+        """Start a runner and open weights.
+
+        Raises:
+            CpuUnsupported: the emulated CPU lacks features of the level.
+            LlamacError: what RemoteModel raises.
+        """
+        try:
+            return RemoteModel(self.command(runner, "--serve"), os.fspath(weights), level)
+        except CpuUnsupported as error:
+            raise CpuUnsupported(
+                error.message.replace("this CPU", f"the emulated CPU {self.cpu}"),
+                cause="the kernels of that level use instructions that the CPU model lacks",
+                fix="choose another level, or another CPU model (--cpu max has all features)",
+            ) from error
+
+
+def runner_of(bundle: Path, manifest: Manifest) -> Path:
+    """Return the path of the bundle's llamac-runner.
+
+    Raises:
+        BundleInvalid: it has none, or one that may not be executed.
+        BundleCorrupt: the file is missing.
+    """
+    names = [name for name, entry in manifest.files.items() if entry.role == RUNNER_ROLE]
+    if len(names) != 1:
+        raise BundleInvalid(
+            f"{bundle} has no runner to emulate",
+            cause="its manifest names no file of role 'runner': it was compiled without one",
+            fix="compile the model again",
+        )
+    path = bundle_file(bundle, names[0])
+    if not os.access(path, os.X_OK):
+        raise BundleInvalid(
+            f"{path} may not be executed",
+            cause="the bundle was copied without the files' permissions",
+            fix=f"chmod +x {path}",
+        )
+    return path
+
+
+def find_emulator(cpu: str | None = None) -> Emulator:
+    """Find the emulator of AArch64 programs.
+
+    $LLAMAC_QEMU names another one than the first on PATH. The CPU is `cpu`, else $QEMU_CPU (a
+    variable of QEMU's own), else "max".
+
+    Raises:
+        ToolchainMissing: there is none, or it does not run.
+        UsageError: it does not know the CPU model.
+    """
+    program = os.environ.get(PROGRAM_VARIABLE) or _first_on_path(PROGRAMS)
+    if not program or shutil.which(program) is None:
+        where = f"${PROGRAM_VARIABLE} is {program}" if program else f"{PROGRAMS[0]} is not on PATH"
+        raise _missing("no emulator for AArch64 was found", where)
+    try:
+        found = re.search(r"version (\d+(?:\.\d+)*)", _output(program, "--version"))
+        if found is None:
+            raise _missing(f"{program} is not QEMU", "it does not say its version as QEMU does")
+        version = tuple(map(int, found[1].split(".")))
+        has_plugins = "-plugin" in _output(program, "-help")
+        models = _cpu_models(program)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _missing(f"{program} does not run", str(error)) from error
+    wanted = cpu or os.environ.get(CPU_VARIABLE) or DEFAULT_CPU
+    if models and wanted.partition(",")[0] not in models:
+        raise UsageError(
+            f"{Path(program).name} has no CPU model {wanted.partition(',')[0]!r}",
+            cause=f"it knows {', '.join(models)}",
+            fix="choose one of them with --cpu, or install a newer QEMU",
+        )
+    if wanted == DEFAULT_CPU and version < FIRST_VERSION_WITH_SME:
+        wanted += ",sme=off"
+    return Emulator(program, version, wanted, has_plugins)
+
+
+def _first_on_path(names: Sequence[str]) -> str | None:
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def _missing(message: str, cause: str) -> LlamacError:
+    return ToolchainMissing(
+        message,
+        cause=cause,
+        fix=f"apt-get install qemu-user, or set {PROGRAM_VARIABLE} to the path of {PROGRAMS[0]}",
+    )
+
+
+def _cpu_models(program: str) -> list[str]:
+    """Names of the CPU models; empty if it lists none."""
+    lines = _output(program, "-cpu", "help").splitlines()
+    return [line.split()[0] for line in lines if line.startswith(" ") and line.strip()]
+
+
+def _output(program: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [program, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=30,
+        check=False,
+    )
+    return done.stdout
