@@ -15,7 +15,7 @@ import tempfile
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import IO, cast
 
@@ -219,7 +219,15 @@ class RemoteModel:
         AbiMismatch: the runner speaks another version of the protocol.
         DeviceError: it cannot be started, or dies.
         LlamacError: it refuses the weights or the level.
+
+    Attributes:
+        process: the runner.
+        info: what it says about the model.
+        features: names of its CPU's features.
+        after_eval: called with the number of tokens after each evaluation, to show progress.
     """
+
+    after_eval: Callable[[int], None] | None = None
 
     def __init__(self, command: Sequence[str], weights: str, level: str | None) -> None:
         self.process = RunnerProcess(command)
@@ -268,6 +276,7 @@ class RemoteSession:
     """A session of a RemoteModel, with the methods of NativeSession."""
 
     def __init__(self, model: RemoteModel, threads: int, cpus: Sequence[int]) -> None:
+        self._model = model
         self._process = model.process
         numbers = np.array([threads, *cpus], "<i4").tobytes()
         answer = self._process.request(Operation.CREATE, payload=numbers)
@@ -296,6 +305,8 @@ class RemoteSession:
     def eval(self, tokens: NDArray[np.int32]) -> None:
         """Append tokens, at least one, and compute the logits of the last."""
         self._request(Operation.EVAL, np.asarray(tokens, "<i4").tobytes())
+        if self._model.after_eval is not None:
+            self._model.after_eval(len(tokens))
 
     def logits(self) -> NDArray[np.float32]:
         """Return a copy of the logits (vocab) of the last evaluated token."""

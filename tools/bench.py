@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from llamac.runtime.errors import DeviceError, LlamacError, UsageError
+from llamac.tools import emulation
 from llamac.tools.console import (
     Row,
     Subparsers,
@@ -33,11 +35,19 @@ examples:
   llamac bench llama-1b-host
   llamac bench llama-1b-host --threads 1,2,4 --json
   llamac bench llama-1b-host --prompt-tokens 512 --decode-tokens 128 --profile
+  llamac bench llama-1b-sm8650 --emulate --threads 1 --decode-tokens 1
 
 Decoding reads all weights and the KV cache once per token, so that memory bandwidth is its limit.
 It is measured between the rounds, with as many threads, because machines drift.
 Each thread count runs in a process of its own; one unmeasured round comes first.
+--emulate runs a bundle for an Arm CPU under qemu-aarch64: it shows that the bundle works and which
+kernels a CPU gets. All times are then those of the emulator and say nothing about a device.
 """
+
+# Defaults; the second ones are for emulated CPUs, which are some hundred times slower.
+COUNTS = {"prompt_tokens": (128, 32), "decode_tokens": (64, 8), "rounds": (3, 1)}
+
+SECONDS_TO_END = 10
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -50,10 +60,10 @@ def add_parser(subparsers: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
-    counts = {"--prompt-tokens": 128, "--decode-tokens": 64, "--rounds": 3}
-    for flag, default in counts.items():
+    for name, (here, emulated) in COUNTS.items():
+        text = f"(default: {here}; with --emulate {emulated})"
         parser.add_argument(
-            flag, metavar="N", type=positive_int, default=default, help=f"(default: {default})"
+            f"--{name.replace('_', '-')}", metavar="N", type=positive_int, help=text
         )
     parser.add_argument(
         "--threads", metavar="LIST", type=list_of_ints, help="thread counts (default: all cores)"
@@ -62,6 +72,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--profile", action="store_true", help="time per operation of a decode step"
     )
+    emulation.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print all values as JSON")
 
 
@@ -70,12 +81,17 @@ def run(args: argparse.Namespace) -> int:
     from llamac.runtime.manifest import read_manifest  # noqa: PLC0415
     from llamac.runtime.system import default_threads  # noqa: PLC0415
 
+    emulator = emulation.find(args)
+    for name, defaults in COUNTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, defaults[args.emulate])
     manifest = read_manifest(args.bundle)
     _check(args, manifest)
     results = []
     for threads in args.threads or (default_threads(),):
         if not args.quiet:
-            notice(f"{_threads(threads)}: {args.rounds} rounds ...")
+            where = f" under {emulator.description}" if emulator else ""
+            notice(f"{_threads(threads)}: {_rounds(args.rounds)}{where} ...")
         request = Request(
             bundle=str(args.bundle),
             threads=threads,
@@ -84,17 +100,31 @@ def run(args: argparse.Namespace) -> int:
             rounds=args.rounds,
             level=args.level,
             profile=args.profile,
+            emulate=args.emulate,
+            cpu=args.cpu,
         )
         results.append(summarize(measure_in_child(request), request, manifest))
     if args.json:
         print_json({"bundle": str(args.bundle), "model": manifest.model.name, "runs": results})
         return 0
     for result in results:
-        title = f"{manifest.model.name}, {_threads(result['threads'])}, {result['level']}"
-        print_rows(title, _rows(result), plain=args.plain)
-        if result["profile_ms"]:
-            print_rows("decode step", _profile_rows(result["profile_ms"]), plain=args.plain)
+        _print_result(result, manifest.model.name, plain=args.plain)
     return 0
+
+
+def _print_result(result: dict[str, Any], name: str, *, plain: bool) -> None:
+    title = f"{name}, {_threads(result['threads'])}, {result['level']}"
+    profile_title = "decode step"
+    if result["emulator"]:
+        title += f", emulated by {result['emulator']}: times of the emulator, not of a device"
+        profile_title += ", times of the emulator"
+    print_rows(title, _rows(result), plain=plain)
+    if result["profile_ms"]:
+        print_rows(profile_title, _profile_rows(result["profile_ms"]), plain=plain)
+
+
+def _rounds(count: int) -> str:
+    return "1 round" if count == 1 else f"{count} rounds"
 
 
 def _threads(count: int) -> str:
@@ -128,17 +158,34 @@ def measure_in_child(request: Request) -> Measurement:
     command = [sys.executable, "-m", "llamac.tools.measure", json.dumps(asdict(request))]
     # -P: the folder it starts in must not be searched for modules.
     command.insert(1, "-P")
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            _interrupt(process)
+            raise
+    if process.returncode != 0:
         raise DeviceError(
-            f"the measuring process ended with code {done.returncode}",
+            f"the measuring process ended with code {process.returncode}",
             cause="a crash in the library, or too little memory; its own words are above",
             fix="check the bundle with `llamac inspect --check` and `llamac verify`",
         )
-    answer = json.loads(done.stdout)
+    answer = json.loads(output)
     if "error" in answer:
         raise _error_of(answer["error"])
     return Measurement(**answer["measurement"])
+
+
+def _interrupt(process: subprocess.Popen[str]) -> None:
+    """End the measuring process in a way that lets it end its emulator."""
+    try:
+        process.wait(1)  # Ctrl-C of a terminal has reached it too
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _error_of(told: dict[str, str]) -> LlamacError:
@@ -152,7 +199,8 @@ def summarize(result: Measurement, request: Request, manifest: Manifest) -> dict
     """Turn times into speeds, and the decode speed into a share of the bandwidth.
 
     Returns:
-        JSON values: speeds in tokens/s and times in seconds, each with median, min and max.
+        JSON values: speeds in tokens/s and times in seconds, each with median, min and max. With an
+        emulator they are its own, and what is not known of a device is None.
     """
     prefill = [request.prompt_tokens / seconds for seconds in result.prefill_s]
     decode = [request.decode_tokens / seconds for seconds in result.decode_s]
@@ -163,14 +211,15 @@ def summarize(result: Measurement, request: Request, manifest: Manifest) -> dict
     return {
         "threads": result.threads,
         "level": result.level,
+        "emulator": result.emulator,
         "prompt_tokens": request.prompt_tokens,
         "decode_tokens": request.decode_tokens,
         "prefill_tokens_per_s": _spread(prefill),
         "decode_tokens_per_s": _spread(decode),
         "first_token_s": _spread(result.first_token_s),
         "load_s": result.load_s,
-        "peak_resident_bytes": result.peak_resident_bytes,
-        "peak_anonymous_bytes": result.peak_anonymous_bytes,
+        "peak_resident_bytes": result.peak_resident_bytes or None,
+        "peak_anonymous_bytes": result.peak_anonymous_bytes or None,
         "weight_bytes_per_token": manifest.memory.weight_bytes_per_token,
         "kv_bytes_per_token": kv_bytes,
         "read_bandwidth_gb_s": bandwidth,
@@ -196,17 +245,25 @@ def _rows(result: dict[str, Any]) -> list[Row]:
         low, middle, high = (factor * result[name][key] for key in ("min", "median", "max"))
         return f"{middle:.1f} {unit}  ({low:.1f} to {high:.1f})"
 
-    share = result["bandwidth_share"]
-    reached = f", {100 * share:.0f} % of it" if share is not None else ""
-    return [
+    speeds = [
         (f"prefill, {result['prompt_tokens']} tokens", spread("prefill_tokens_per_s", "tokens/s")),
         (f"decode, {result['decode_tokens']} tokens", spread("decode_tokens_per_s", "tokens/s")),
         ("time to first token", spread("first_token_s", "ms", 1000)),
         ("load", f"{1000 * result['load_s']:.1f} ms"),
-        ("peak resident memory", format_bytes(result["peak_resident_bytes"])),
-        ("peak anonymous memory", format_bytes(result["peak_anonymous_bytes"])),
+    ]
+    reads = [
         ("weights read per token", format_bytes(result["weight_bytes_per_token"])),
         ("KV cache read per token", format_bytes(result["kv_bytes_per_token"])),
+    ]
+    if result["emulator"]:
+        return [*((f"emulated {name}", text) for name, text in speeds), *reads]
+    share = result["bandwidth_share"]
+    reached = f", {100 * share:.0f} % of it" if share is not None else ""
+    return [
+        *speeds,
+        ("peak resident memory", format_bytes(result["peak_resident_bytes"] or 0)),
+        ("peak anonymous memory", format_bytes(result["peak_anonymous_bytes"] or 0)),
+        *reads,
         ("read bandwidth, measured", spread("read_bandwidth_gb_s", "GB/s")),
         ("read while decoding", f"{result['decode_gb_s']:.1f} GB/s{reached}"),
     ]

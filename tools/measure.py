@@ -19,6 +19,7 @@ from llamac.runtime.errors import LlamacError
 
 if TYPE_CHECKING:
     from llamac.runtime import Model, Session
+    from llamac.targets.emulator import Emulator
 
 BANDWIDTH_SECONDS = 0.5
 SMALLEST_BUFFER, LARGEST_BUFFER = 256 << 20, 1 << 30
@@ -26,7 +27,10 @@ SMALLEST_BUFFER, LARGEST_BUFFER = 256 << 20, 1 << 30
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: counts of tokens, rounds and threads; `level` None: the best."""
+    """What to measure: counts of tokens, rounds and threads; `level` None: the best.
+
+    With `emulate` the bundle runs under an emulator of the CPU model `cpu`, None for the default.
+    """
 
     bundle: str
     threads: int
@@ -35,6 +39,8 @@ class Request:
     rounds: int
     level: str | None = None
     profile: bool = False
+    emulate: bool = False
+    cpu: str | None = None
 
 
 @dataclass
@@ -44,6 +50,7 @@ class Measurement:
     Attributes:
         threads: as asked for.
         level: name of the kernels that ran.
+        emulator: what ran them, "" for this machine; there are no memory figures of others then.
         load_s: from the call of `load` to a session that is ready.
         prefill_s: evaluating the prompt.
         first_token_s: evaluating the prompt and choosing the first token.
@@ -56,6 +63,7 @@ class Measurement:
 
     threads: int
     level: str = ""
+    emulator: str = ""
     load_s: float = 0.0
     prefill_s: list[float] = field(default_factory=list)
     first_token_s: list[float] = field(default_factory=list)
@@ -71,19 +79,22 @@ def measure(request: Request) -> Measurement:
     from llamac.compiler.progress import SilentProgress  # noqa: PLC0415 (not part of load_s)
     from llamac.runtime import load  # noqa: PLC0415
 
+    emulator = _find_emulator(request)
     result = Measurement(request.threads)
     memory = SilentProgress()
     with memory.stage("first round"):
         started = time.perf_counter()
-        model = load(request.bundle, threads=request.threads, level=request.level)
+        model = load(request.bundle, threads=request.threads, level=request.level, machine=emulator)
         session = model.session()
         result.load_s = time.perf_counter() - started
         result.level = model.info.level
         vocab_size = model.info.vocab_size
         _round(session, request, vocab_size, Measurement(request.threads))
-    # Before the bandwidth probe, whose buffer would count.
-    result.peak_resident_bytes = peak_resident_bytes()
-    result.peak_anonymous_bytes = memory.report.peak_anonymous_bytes
+    if emulator:
+        result.emulator = emulator.description
+    else:  # before the bandwidth probe, whose buffer would count
+        result.peak_resident_bytes = peak_resident_bytes()
+        result.peak_anonymous_bytes = memory.report.peak_anonymous_bytes
     result.bandwidth_gb_s.append(_bandwidth_gb_s(model, request.threads))
     for _ in range(request.rounds):
         _round(session, request, vocab_size, result)
@@ -93,6 +104,14 @@ def measure(request: Request) -> Measurement:
     session.close()
     model.close()
     return result
+
+
+def _find_emulator(request: Request) -> Emulator | None:
+    if not request.emulate:
+        return None
+    from llamac.targets.emulator import find_emulator  # noqa: PLC0415
+
+    return find_emulator(request.cpu)
 
 
 def _prompt(request: Request, vocab_size: int) -> list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamac.runtime.errors import UsageError
+from llamac.tools import emulation
 from llamac.tools.console import Subparsers, notice, positive_int
 
 if TYPE_CHECKING:
@@ -20,9 +21,12 @@ examples:
   llamac run llama-1b-host "Write a haiku." --temperature 0.8 --top-p 0.9 --seed 7
   llamac run llama-1b-host - < prompt.txt > answer.txt
   llamac run tiny-llama-host "Once upon a time" --no-chat
+  llamac run tiny-llama-rpi5 "Tell me a story." --emulate --cpu cortex-a76
 
 Standard output carries the generated text and nothing else.
 A model with a chat template gets the prompt as a user's message; --no-chat continues the text.
+--emulate runs a bundle for an Arm CPU under qemu-aarch64, with the best kernels that the emulated
+CPU can run: the tokens are those of a device, the speed is not.
 """
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -33,7 +37,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "run",
         help="generate text with a bundle",
-        description="Generate text with a bundle on this machine.",
+        description="Generate text with a bundle, on this machine or on an emulated one.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -50,7 +54,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--system", metavar="TEXT", help="the system's message in a chat")
     parser.add_argument("--threads", metavar="N", type=positive_int, help="(default: all cores)")
     parser.add_argument("--level", metavar="NAME", help="kernels to use (default: the best)")
-    parser.add_argument("--emulate", action="store_true", help="run a bundle for another CPU")
+    emulation.add_arguments(parser)
     parser.add_argument("--stats", action="store_true", help="print speeds to standard error")
     _add_sampling(parser.add_argument_group("sampling (default: the most likely token)"))
 
@@ -66,12 +70,6 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate, writing each piece as it comes."""
-    if args.emulate:
-        raise UsageError(
-            "--emulate has nothing to emulate",
-            cause="all targets that this version compiles for run on this machine itself",
-            fix="leave out --emulate",
-        )
     if args.system is not None and args.chat is False:
         raise UsageError(
             "--system and --no-chat contradict each other",
@@ -81,15 +79,20 @@ def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args.prompt)
     from llamac.runtime import load  # noqa: PLC0415
 
+    emulator = emulation.find(args)
     started = time.perf_counter()
-    with load(args.bundle, threads=args.threads, level=args.level) as model:
-        loaded = first = time.perf_counter()
+    with load(args.bundle, threads=args.threads, level=args.level, machine=emulator) as model:
+        loaded = time.perf_counter()
+        if emulator and not args.quiet:
+            emulation.announce(model, emulator)
         generation = _generate(model, prompt, args)
-        for piece in generation:
-            if first == loaded:
-                first = time.perf_counter()
+        with emulation.evaluation_shown(model, args):
+            piece = next(generation, "")
+        first = time.perf_counter()
+        while piece:
             sys.stdout.write(piece)
             sys.stdout.flush()
+            piece = next(generation, "")
         ended = time.perf_counter()
         sys.stdout.write("\n")
         if args.stats:

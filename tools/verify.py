@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamac.runtime.errors import UsageError
+from llamac.tools import emulation
 from llamac.tools.console import (
     Row,
     Subparsers,
+    notice,
     positive_int,
     print_json,
     print_rows,
@@ -25,6 +27,7 @@ examples:
   llamac verify llama-1b-host Llama-3.2-1B-Instruct-SpinQuant_INT4_EO8
   llamac verify BUNDLE MODEL --text story.txt --tokens 256 --json
   llamac verify BUNDLE MODEL --level avx2 --all-functions
+  llamac verify tiny-llama-rpi5 examples/tiny-llama/spinquant --emulate --cpu cortex-a76
 
 Every operation of the built library runs beside the reference in float64 of the same codes, on
 the same inputs. Then both predict TEXT: negative log likelihood, and how often they agree on the
@@ -52,6 +55,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--level", metavar="NAME", help="kernels to run (default: the best)")
     parser.add_argument("--threads", metavar="N", type=positive_int, default=2, help="default: 2")
+    emulation.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -60,6 +64,9 @@ def run(args: argparse.Namespace) -> int:
     text = read_text(args.text) if args.text else None
     from llamac.compiler.verify import verify_bundle  # noqa: PLC0415
 
+    emulator = emulation.find(args)
+    if emulator and not args.quiet:
+        notice(f"{args.bundle} runs under {emulator.description}")
     report = verify_bundle(
         args.bundle,
         args.model,
@@ -69,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         level=args.level,
         all_functions=args.all_functions,
+        machine=emulator,
     )
     if args.json:
         print_json(report.to_json())

@@ -89,7 +89,7 @@ def test_run_prints_the_text_and_nothing_else(
     assert main(["run", "out", "Why?"]) == 0
     assert capsys.readouterr() == ("Rayleigh scattering.\n", "")
     assert model.calls == [
-        ("load", Path("out"), {"threads": None, "level": None}),
+        ("load", Path("out"), {"threads": None, "level": None, "machine": None}),
         ("generate", "Why?", GREEDY),
         ("close",),
     ]
@@ -117,7 +117,7 @@ def test_run_passes_its_options(load_model: Callable[[str | None], FakeModel]) -
     )
     assert main(["run", "out", "Why?", *options.split()]) == 0
     assert model.calls[:2] == [
-        ("load", Path("out"), {"threads": 1, "level": "avx2"}),
+        ("load", Path("out"), {"threads": 1, "level": "avx2", "machine": None}),
         (
             "generate",
             "Why?",
@@ -168,11 +168,11 @@ def test_run_reads_the_prompt_from_standard_input(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["", "--seed", "1"], ["Why?", "--emulate"], ["Why?", "--no-chat", "--system", "Be brief."]],
+    [["", "--seed", "1"], ["Why?", "--cpu", "max"], ["Why?", "--no-chat", "--system", "Be brief."]],
 )
 def test_run_refuses_what_makes_no_sense(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No prompt, nothing to emulate, or a system message without a chat: exit code 2."""
+    """No prompt, a CPU without emulation, or a system message without a chat: exit code 2."""
     assert main(["run", "out", *arguments]) == 2
     assert capsys.readouterr().err.startswith("error[usage]: ")

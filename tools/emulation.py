@@ -1,0 +1,79 @@
+"""Options and words that the commands with `--emulate` share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+from llamac.runtime.errors import UsageError
+from llamac.tools.console import notice, progress_for
+
+if TYPE_CHECKING:
+    from llamac.runtime import Model
+    from llamac.targets.emulator import Emulator
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --emulate and --cpu."""
+    parser.add_argument(
+        "--emulate", action="store_true", help="run a bundle for AArch64 under qemu-aarch64"
+    )
+    parser.add_argument(
+        "--cpu",
+        metavar="MODEL",
+        help="CPU to emulate, such as cortex-a76 or max,sve256=on (default: max); "
+        "`qemu-aarch64 -cpu help` lists them",
+    )
+
+
+def find(args: argparse.Namespace) -> Emulator | None:
+    """Return the emulator that the arguments ask for, None for this machine.
+
+    Raises:
+        UsageError: --cpu without --emulate, or an unknown model.
+        ToolchainMissing: there is no emulator.
+    """
+    if not args.emulate:
+        if args.cpu is not None:
+            raise UsageError(
+                "--cpu is for --emulate",
+                cause="without emulation a bundle runs on the CPU that this machine has",
+                fix="add --emulate, or leave out --cpu",
+            )
+        return None
+    from llamac.targets.emulator import find_emulator  # noqa: PLC0415
+
+    return find_emulator(args.cpu)
+
+
+def announce(model: Model, emulator: Emulator) -> None:
+    """Say what runs under which emulator."""
+    name = model.manifest.model.name
+    notice(
+        f"{name} for {model.manifest.target.soc}, kernels {model.info.level}, runs under "
+        f"{emulator.description}; speeds are the emulator's"
+    )
+
+
+@contextmanager
+def evaluation_shown(model: Model, args: argparse.Namespace) -> Iterator[None]:
+    """Show how many tokens are evaluated, while nothing else is printed."""
+    if args.quiet or not args.emulate:
+        yield
+        return
+    from llamac.runtime.remote import RemoteModel  # noqa: PLC0415
+
+    native = cast(RemoteModel, model.native)
+    with progress_for(args).stage("evaluate the prompt") as stage:
+
+        def show(count: int) -> None:
+            stage.done += count
+            stage.note = f"{stage.done} tokens"
+
+        native.after_eval = show
+        try:
+            yield
+        finally:
+            native.after_eval = None
