@@ -168,7 +168,8 @@ def file_entry(bundle: Path, name: str, role: str) -> FileEntry:
 def sync_folder(bundle: Path) -> None:
     """Make files readable for everyone, as an installed program's are."""
     for path in bundle.rglob("*"):
-        path.chmod(0o755 if path.is_dir() or path.suffix == ".so" else 0o644)
+        is_program = path.suffix == ".so" or path.parent.name == "bin"
+        path.chmod(0o755 if path.is_dir() or is_program else 0o644)
 
 
 def remove_build_files(bundle: Path) -> None:
