@@ -23,7 +23,7 @@ silu(gate) * up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,9 @@ from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.isa import Isa
 from llamac.schedules.kernel import KernelBuilder, for_token_tiles, local
+from llamac.schedules.qmatmul_epilogue import ROWS, Epilogue
 
 VERSION = 1
-ROWS = 16  # rows of a packed block
 GROUP = 32  # columns per scale
 GROUP_BYTES = ROWS * GROUP // 2
 
@@ -153,18 +153,12 @@ class _Tile:
         self.weights = b.input("weights", (shape.blocks, groups, GROUP_BYTES), "uint8")
         self.scales = b.input("scales", (shape.blocks, groups, ROWS), scale_bits)
         self.ksum = b.input("ksum", (shape.n,), "float32")
-        if shape.lora_rank:
-            total = shape.lora_rank * len(shape.lora_splits)
-            self.lora_t = b.input("lora_t", (shape.m, total), "float32")
-            self.lora_b = b.input("lora_b", (shape.blocks, shape.lora_rank, ROWS), "uint16")
-        if shape.epilogue == "residual":
-            self.residual = b.input("residual", (shape.m, shape.n), "float32")
-        self.result = b.output("result", (shape.m, shape.columns), "float32")
+        self.epilogue = Epilogue(b, shape, isa)
 
     def emit(self, item: Any, row0: Any, rows: int) -> None:
         """Compute `rows` tokens from `row0` for one work item and store them."""
         isa, lanes = self.isa, self.isa.lanes
-        if self.shape.epilogue == "swiglu":
+        if self.epilogue.is_swiglu:
             gate = self._block(item * 2, row0, rows, split=0)
             up = self._block(item * 2 + 1, row0, rows, split=1)
             values = [isa.silu(gate[i]) * up[i] for i in range(len(gate))]
@@ -173,11 +167,7 @@ class _Tile:
         vectors = ROWS // lanes
         for r in range(rows):
             for v in range(vectors):
-                column = item * ROWS + v * lanes
-                value = values[r * vectors + v]
-                if self.shape.epilogue == "residual":
-                    value = value + isa.load(self.residual, row0 + r, column)
-                isa.store(self.result, value, row0 + r, column)
+                self.epilogue.store(values[r * vectors + v], row0 + r, item * ROWS + v * lanes)
 
     def _block(self, block: Any, row0: Any, rows: int, split: int | None) -> list[Any]:
         """Results of one block of 16 columns for `rows` tokens, as rows x (16 / lanes) vectors."""
@@ -196,9 +186,7 @@ class _Tile:
             for v in range(vectors):
                 ksum = isa.load(self.ksum, block * ROWS + v * isa.lanes)
                 value = T.Bind(scale * (acc[r * vectors + v] - zero * ksum))
-                if self.shape.lora_rank:
-                    value = self._lora(value, block, row0 + r, v, split)
-                results.append(value)
+                results.append(self.epilogue.add_lora(value, block, row0 + r, v, split))
         return results
 
     def _group(self, acc: Any, block: Any, group: Any, row0: Any, rows: int) -> None:
@@ -231,28 +219,3 @@ class _Tile:
     def _word(self, row: Any, k: Any) -> Any:
         """Four activation codes as one int32."""
         return T.reinterpret("int32", self.codes[row, T.ramp(k, 1, 4)])
-
-    def _lora(self, value: Any, block: Any, row: Any, v: int, split: int | None) -> Any:
-        """Add scale * (t @ B.T): rank products of a scalar of t and a vector of B."""
-        isa, rank = self.isa, self.shape.lora_rank
-        first = split * rank if split is not None else self._split_of(block) * rank
-        branch = isa.splat(0.0)
-        for r in range(rank):
-            weights = self.lora_b[block, r, T.ramp(v * isa.lanes, 1, isa.lanes)]
-            t = isa.splat(self.lora_t[row, first + r])
-            branch = T.Bind(isa.fma(t, isa.bfloat16_to_float32(weights), branch))
-        return T.Bind(isa.fma(branch, isa.splat(float(self.shape.lora_scale)), value))
-
-    def _split_of(self, block: Any) -> Any:
-        """Index of the fused projection that a block belongs to."""
-        return split_of(block, self.shape.lora_splits)
-
-
-def split_of(block: Any, splits: Sequence[int]) -> Any:
-    """Index of the projection, of projections of given widths, that a packed block belongs to."""
-    index: Any = T.int64(0)
-    end = 0
-    for width in splits[:-1]:
-        end += width // ROWS
-        index = index + T.Cast("int64", block >= end)
-    return index

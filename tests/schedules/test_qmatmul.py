@@ -1,4 +1,7 @@
-"""int4 x int8 products equal the reference: epilogues, LoRA, both scale types, knobs, ranges."""
+"""int4 x int8 products equal the reference: epilogues, LoRA, both scale types, knobs, ranges.
+
+On x86 they are of the family qmatmul, on Arm of qmatmul_quads.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import pytest
 
 from llamac.compiler import reference
 from llamac.compiler.floats import from_bfloat16, round_to, to_bfloat16
-from llamac.schedules import qmatmul
+from llamac.schedules import qmatmul, qmatmul_quads
+from llamac.schedules.intrin.arm import ArmNeon
 from llamac.schedules.intrin.x86 import X86_LEVELS, X86Portable
 from llamac.schedules.qmatmul import GROUP, ROWS, QMatmulShape
 from llamac.targets.cpu import packing
@@ -23,6 +27,8 @@ SHAPES = [
     QMatmulShape(3, 64, 96, "bfloat16", "swiglu"),
     QMatmulShape(8, 32, 96, "bfloat16"),
     QMatmulShape(8, 64, 32, "float16", "swiglu"),
+    QMatmulShape(20, 32, 64, "float16", "swiglu"),
+    QMatmulShape(35, 16, 96, "bfloat16", "residual"),
     QMatmulShape(1, 112, 64, "float16", "none", 4, 2.0, (64, 16, 32)),
     QMatmulShape(3, 64, 96, "bfloat16", "swiglu", 5, 0.5, (32, 32)),
     QMatmulShape(8, 32, 64, "float16", "residual", 16, -1.5, (32,)),
@@ -30,8 +36,12 @@ SHAPES = [
 REAL = [(2048, 2048), (3072, 2048), (16384, 2048), (2048, 8192), (5120, 3072)]  # (n, k)
 
 
-def make(shape, x86_isa, **knobs):
-    return qmatmul.make(shape, x86_isa, **(knobs or qmatmul.default(shape, x86_isa)))
+def family(isa):
+    return qmatmul_quads if isinstance(isa, ArmNeon) else qmatmul
+
+
+def make(shape, isa, **knobs):
+    return family(isa).make(shape, isa, **(knobs or family(isa).default(shape, isa)))
 
 
 def weights(shape, seed=0):
@@ -50,17 +60,15 @@ def activations(shape, seed=1):
     )
 
 
-def operands(shape, x, codes, scales):
+def operands(isa, shape, x, codes, scales):
     """What the kernel reads of activations and weights."""
     stored = packing.to_scale_dtype(scales, shape.scale_dtype)
-    return [
-        x.codes,
-        np.stack([x.scale, x.zero_point.astype(np.float32)], axis=1),
-        -8 * reference.group_sums(x.codes, GROUP),
-        packing.int4_codes(codes),
-        packing.block_columns(stored),
-        packing.int4_ksum(codes, stored),
-    ]
+    qparams = np.stack([x.scale, x.zero_point.astype(np.float32)], axis=1)
+    tables = [packing.block_columns(stored), packing.int4_ksum(codes, stored)]
+    if isinstance(isa, ArmNeon):
+        return [packing.pair_codes(x.codes), qparams, packing.int4_quads(codes), *tables]
+    offsets = -8 * reference.group_sums(x.codes, GROUP)
+    return [x.codes, qparams, offsets, packing.int4_codes(codes), *tables]
 
 
 def lora_branch(shape, t, b):
@@ -73,7 +81,7 @@ def lora_branch(shape, t, b):
     return np.concatenate(parts, axis=1)
 
 
-def problem(shape):
+def problem(shape, isa):
     """Inputs of the kernel, and its result in float64.
 
     Rows of the weights are given one projection after the other; for swiglu their blocks alternate
@@ -85,7 +93,7 @@ def problem(shape):
     order = np.arange(shape.n)
     if shape.epilogue == "swiglu":
         order = order.reshape(2, -1, ROWS).transpose(1, 0, 2).reshape(-1)
-    inputs = operands(shape, x, codes[order], scales[order])
+    inputs = operands(isa, shape, x, codes[order], scales[order])
     if shape.lora_rank:
         t = rng.normal(size=(shape.m, shape.lora_rank * len(shape.lora_splits)))
         t = t.astype(np.float32)
@@ -106,35 +114,35 @@ def assert_close(y, expected):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_product(run_kernel, x86_isa, shape):
-    inputs, expected = problem(shape)
-    (y,) = run_kernel(make(shape, x86_isa), x86_isa, *inputs)
+def test_product(run_kernel, isa, shape):
+    inputs, expected = problem(shape, isa)
+    (y,) = run_kernel(make(shape, isa), isa, *inputs)
     assert y.shape == (shape.m, shape.columns)
     assert_close(y, expected)
 
 
-@pytest.mark.parametrize("knobs", [(1, 2), (2, 1), (4, 4), (6, 1), (12, 2)], ids=str)
-def test_knobs(run_kernel, x86_isa, knobs):
+@pytest.mark.parametrize("knobs", [(1, 2), (2, 1), (4, 4), (6, 1), (8, 2), (12, 2), (16, 1)])
+def test_knobs(run_kernel, isa, knobs):
     """Tiles that divide the tokens and tiles that leave some over."""
-    shape, (mr, unroll) = QMatmulShape(13, 32, 128), knobs
-    if not qmatmul.valid(shape, x86_isa, {"mr": mr, "unroll": unroll}):
+    shape, (mr, unroll) = QMatmulShape(29, 32, 128), knobs
+    if not family(isa).valid(shape, isa, {"mr": mr, "unroll": unroll}):
         return
-    inputs, expected = problem(shape)
-    (y,) = run_kernel(make(shape, x86_isa, mr=mr, unroll=unroll), x86_isa, *inputs)
+    inputs, expected = problem(shape, isa)
+    (y,) = run_kernel(make(shape, isa, mr=mr, unroll=unroll), isa, *inputs)
     assert_close(y, expected)
 
 
 EXTREMES = list(itertools.product((-128, 127), (-8, 7), (-128, 0, 127)))
 
 
-def test_integers_are_exact(run_kernel, x86_isa):
+def test_integers_are_exact(run_kernel, isa):
     """With scales that are powers of two nothing is rounded: sums at their ends, and random."""
     shape = QMatmulShape(1, 32, 256)
-    func = make(shape, x86_isa)
+    func = make(shape, isa)
     scales = np.full((shape.n, shape.k // GROUP), 0.5, np.float32)
 
     def check(x, codes):
-        (y,) = run_kernel(func, x86_isa, *operands(shape, x, codes, scales))
+        (y,) = run_kernel(func, isa, *operands(isa, shape, x, codes, scales))
         dot = x.centred().astype(np.int64) @ codes.T.astype(np.int64)
         np.testing.assert_array_equal(y, dot * 0.125)
 
@@ -145,7 +153,7 @@ def test_integers_are_exact(run_kernel, x86_isa):
     check(activations(shape)._replace(scale=quarter), weights(shape)[0])
 
 
-def test_each_weight_meets_its_activation(run_kernel, x86_isa):
+def test_each_weight_meets_its_activation(run_kernel, isa):
     """One weight other than 0 in each row, all columns in turn: a misplaced nibble is seen."""
     shape = QMatmulShape(1, 64, 64)
     codes = np.zeros((shape.n, shape.k), np.int8)
@@ -154,33 +162,31 @@ def test_each_weight_meets_its_activation(run_kernel, x86_isa):
         np.arange(shape.k, dtype=np.int8)[None], np.ones(1, np.float32), np.zeros(1, np.int32)
     )
     scales = np.ones((shape.n, 2), np.float32)
-    (y,) = run_kernel(make(shape, x86_isa), x86_isa, *operands(shape, x, codes, scales))
+    (y,) = run_kernel(make(shape, isa), isa, *operands(isa, shape, x, codes, scales))
     np.testing.assert_array_equal(y[0], np.arange(shape.n) * 27 % shape.k)
 
 
 @pytest.mark.parametrize("epilogue", ["none", "swiglu"])
-def test_a_call_writes_only_its_columns(run_kernel, x86_isa, epilogue):
+def test_a_call_writes_only_its_columns(run_kernel, isa, epilogue):
     """Work items are blocks of 16 columns of the result."""
     shape = QMatmulShape(3, 64 if epilogue == "none" else 128, 32, epilogue=epilogue)
-    inputs, _ = problem(shape)
-    func = make(shape, x86_isa)
-    (whole,) = run_kernel(func, x86_isa, *inputs)
+    inputs, _ = problem(shape, isa)
+    func = make(shape, isa)
+    (whole,) = run_kernel(func, isa, *inputs)
     for begin, end in ((0, 0), (0, 1), (1, 3), (3, 4)):
-        (part,) = run_kernel(func, x86_isa, *inputs, begin=begin, end=end)
+        (part,) = run_kernel(func, isa, *inputs, begin=begin, end=end)
         columns = np.s_[begin * ROWS : end * ROWS]
         np.testing.assert_array_equal(part[:, columns], whole[:, columns])
         others = np.ascontiguousarray(np.delete(part, columns, axis=1))
         assert (others.view(np.uint8) == 0x5A).all()
 
 
-def test_levels_agree_to_the_last_bits(run_kernel, x86_isa):
+def test_levels_agree_to_the_last_bits(run_kernel, isa):
     """Rounding differs between levels only by fused multiply-adds, so far less than the limit."""
     shape = SHAPES[0]
-    inputs, _ = problem(shape)
-    portable = X86Portable()
     (y,), (z,) = (
-        run_kernel(make(shape, level), level, *inputs, end=shape.work)
-        for level in (x86_isa, portable)
+        run_kernel(make(shape, level), level, *problem(shape, level)[0])
+        for level in (isa, X86Portable())
     )
     assert np.abs(y - z).max() <= 2e-6 * np.abs(z).max()
 
@@ -189,7 +195,7 @@ def test_levels_agree_to_the_last_bits(run_kernel, x86_isa):
 @pytest.mark.parametrize("nk", REAL, ids=str)
 def test_defaults_are_valid(any_isa, m, nk):
     shape = QMatmulShape(m, *nk)
-    assert qmatmul.valid(shape, any_isa, qmatmul.default(shape, any_isa))
+    assert family(any_isa).valid(shape, any_isa, family(any_isa).default(shape, any_isa))
 
 
 def test_tiles_that_spill_or_do_not_divide_are_not_valid():
@@ -201,7 +207,17 @@ def test_tiles_that_spill_or_do_not_divide_are_not_valid():
     assert not qmatmul.valid(QMatmulShape(2, 32, 96), avx512, {"mr": 4, "unroll": 1})
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[8]], ids=str)
+@pytest.mark.parametrize("m", [1, 8])
+def test_smallest_float16_scales_count(run_kernel, arm_isa, m):
+    """Their bits become float32 subnormals on the way and must not be lost."""
+    shape = QMatmulShape(m, 16, 64)
+    (codes, _), x = weights(shape), activations(shape)
+    scales = np.full((shape.n, 2), 2.0**-24, np.float32)
+    (y,) = run_kernel(make(shape, arm_isa), arm_isa, *operands(arm_isa, shape, x, codes, scales))
+    assert_close(y, reference.qlinear_int4(x, codes, scales))
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[10]], ids=str)
 def test_packed_scales_are_those_of_the_reference(shape):
     """The float16 or bfloat16 that is packed reads back as what the reference rounds to."""
     _, scales = weights(shape)

@@ -1,0 +1,300 @@
+"""int4 group-32 weights x int8 per-token activations on Arm: GEMV (decode) and GEMM (prefill).
+
+The same product as in `qmatmul.py`, in the form that Arm's instructions want:
+
+    y[m, n] = sx * ( f * sum_g s'[n, g] * dot(x[m, g], 16 * w[n, g])  -  zp * ksum[n] )
+
+Nibbles are signed. A shift left and a mask turn a byte of two of them into 16 * w each, and the 16
+goes into the factor f. A float16 scale is not converted: its bits, shifted left by 13, are the
+float32 s' = s * 2^-112 (scales are not negative), and f takes the 2^112 back. One widening shift
+does it, on a pipe that the dot products leave free; `fcvtl` would cost two slots of a busy one.
+A bfloat16 scale is shifted by 16 and is exact.
+
+Packed layout, one for all levels of the architecture (four rows are a quad, four quads a block):
+
+    weights [N/16][K/32][4 quads][4 j][4 rows x 4 bytes]: byte b of a row holds k = 8j + b in its
+            low and k = 8j + 4 + b in its high nibble, so that 16 bytes feed two `sdot` by lane;
+    scales  [N/16][K/32][16] float16 or bfloat16.
+
+With `smmla`, two neighbouring vectors j are zipped before they are unpacked: then each vector holds
+8 codes of two rows (`qmatmul_smmla.py`). The activation codes come paired for that; see
+`quantize.py`. Epilogues and LoRA are those of `qmatmul_epilogue.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tvm.tirx import PrimFunc
+from tvm.tirx.script.builder import ir as T
+
+from llamac.schedules.intrin.arm import ArmI8mm, ArmNeon
+from llamac.schedules.kernel import KernelBuilder, local
+from llamac.schedules.loop import loop
+from llamac.schedules.qmatmul import QMatmulShape
+from llamac.schedules.qmatmul_epilogue import ROWS, Epilogue
+from llamac.schedules.quantize import GROUP, PANEL, codes_shape
+
+VERSION = 1
+QUAD = 4  # rows of a quad, lanes of a vector
+QUADS = ROWS // QUAD
+GROUP_BYTES = ROWS * GROUP // 2
+
+KNOBS: Mapping[str, tuple[int, ...]] = {
+    "mr": (4, 8, 12, 16),  # tokens per tile of four rows; a GEMV has one
+    "unroll": (1, 2, 4),  # groups per iteration of the hot loop
+    "prefetch": (0, 4, 8, 16, 32),  # groups ahead, of a GEMV
+}
+
+
+def valid(shape: QMatmulShape, isa: ArmNeon, knobs: Mapping[str, int]) -> bool:
+    """Whether tiles fit a panel and the unrolled loop divides the columns."""
+    tile = knobs["mr"] == 1 if shape.m == 1 else knobs["mr"] in KNOBS["mr"]
+    return tile and (shape.k // GROUP) % knobs["unroll"] == 0
+
+
+def default(shape: QMatmulShape, isa: ArmNeon) -> dict[str, int]:
+    """Accumulators in half of the registers; a GEMV streams, so it asks for lines ahead."""
+    unroll = 2 if shape.k // GROUP % 2 == 0 else 1
+    if shape.m == 1:
+        return {"mr": 1, "unroll": unroll, "prefetch": 0}
+    return {"mr": 16, "unroll": 1, "prefetch": 0}
+
+
+def make(
+    shape: QMatmulShape,
+    isa: ArmNeon,
+    *,
+    mr: int,
+    unroll: int,
+    prefetch: int = 0,
+    name: str | None = None,
+) -> PrimFunc:
+    """Build the kernel.
+
+    Arguments of the kernel: codes int8 [1, k] or paired [m/16, k/32, 512], qparams float32 [m, 2]
+    (scale, zero point), weights uint8 [n/16, k/32, 256], scales [n/16, k/32, 16], ksum float32 [n],
+    then t and B with a LoRA branch, residual float32 [m, n], and the output float32 [m, n] or
+    [m, n/2].
+    """
+    symbol = name or f"qmatmul_f32_qai8dx_qsi4c32_{shape.m}x{shape.n}x{shape.k}_{isa.suffix}"
+    with KernelBuilder(symbol, shape.work) as b:
+        tensors = Tensors(b, shape, isa)
+        with b.items() as item:
+            if shape.m == 1:
+                _Gemv(tensors, unroll, prefetch).emit(item)
+            else:
+                _emit_panels(_tile_of(tensors, unroll), item, mr)
+    return b.func
+
+
+def _tile_of(tensors: Tensors, unroll: int) -> Tile:
+    if isinstance(tensors.isa, ArmI8mm):
+        from llamac.schedules.qmatmul_smmla import SmmlaTile  # noqa: PLC0415 (it imports Tile)
+
+        return SmmlaTile(tensors, unroll)
+    return LaneTile(tensors, unroll)
+
+
+class Tensors:
+    """The arguments of a kernel and how its levels read them."""
+
+    def __init__(self, b: KernelBuilder, shape: QMatmulShape, isa: ArmNeon) -> None:
+        groups = shape.k // GROUP
+        self.is_bfloat16 = shape.scale_dtype == "bfloat16"
+        self.shape, self.isa, self.groups = shape, isa, groups
+        self.codes = b.input("codes", codes_shape(isa, shape.m, shape.k), "int8")
+        self.qparams = b.input("qparams", (shape.m, 2), "float32")
+        self.weights = b.input("weights", (shape.blocks, groups, GROUP_BYTES), "uint8")
+        bits = "uint16" if self.is_bfloat16 else "float16"
+        self.scales = b.input("scales", (shape.blocks, groups, ROWS), bits)
+        self.ksum = b.input("ksum", (shape.n,), "float32")
+        self.epilogue = Epilogue(b, shape, isa)
+
+    @property
+    def factor(self) -> float:
+        """What turns an accumulator into the sum: 1/16 of the nibbles, 2^112 of the scales."""
+        return 1 / 16 if self.is_bfloat16 else 2.0**108
+
+    def packed(self, block: Any, group: Any, quad: Any, j: int) -> Any:
+        """Vector j of a quad: 16 bytes."""
+        place = quad * (4 * ROWS) + j * 16
+        value = self.isa.load(self.weights, block, group, place, lanes=16)
+        return T.Bind(T.reinterpret("int8x16", value))
+
+    def scale(self, block: Any, group: Any, quad: Any) -> Any:
+        """Scales of a quad as float32x4, times 2^-112 if they are float16."""
+        bits = T.reinterpret("uint16x4", self.isa.load(self.scales, block, group, quad * QUAD))
+        shift = T.broadcast(T.uint32(16 if self.is_bfloat16 else 13), QUAD)
+        return T.Bind(T.reinterpret("float32x4", T.shift_left(T.Cast("uint32x4", bits), shift)))
+
+    def finish(self, acc: Any, block: Any, quad: Any, row: Any, split: int | None) -> Any:
+        """The results of a quad for a token, from its accumulator."""
+        isa = self.isa
+        scale, zero = (T.Bind(isa.splat(self.qparams[row, i])) for i in (0, 1))
+        ksum = isa.load(self.ksum, block * ROWS + quad * QUAD)
+        value = T.Bind(scale * (acc * isa.splat(self.factor) - zero * ksum))
+        return self.epilogue.add_lora(value, block, row, quad, split)
+
+
+def low_nibbles(packed: Any) -> Any:
+    """16 times the codes in the low nibbles."""
+    return T.Bind(T.shift_left(packed, T.broadcast(T.int8(4), 16)))
+
+
+def high_nibbles(packed: Any) -> Any:
+    """16 times the codes in the high nibbles."""
+    return T.Bind(T.bitwise_and(packed, T.broadcast(T.int8(-16), 16)))
+
+
+class _Gemv:
+    """One token times a block of 16 rows: four accumulators of four rows."""
+
+    def __init__(self, tensors: Tensors, unroll: int, prefetch: int) -> None:
+        self._t, self._unroll, self._prefetch = tensors, unroll, prefetch
+
+    def emit(self, item: Any) -> None:
+        """Compute and store the results of a work item."""
+        t, isa = self._t, self._t.isa
+        if t.epilogue.is_swiglu:
+            gate, up = self._block(item * 2, split=0), self._block(item * 2 + 1, split=1)
+            values = [isa.silu(g) * u for g, u in zip(gate, up, strict=True)]
+        else:
+            values = self._block(item, split=None)
+        for quad, value in enumerate(values):
+            t.epilogue.store(value, 0, item * ROWS + quad * QUAD)
+
+    def _block(self, block: Any, split: int | None) -> list[Any]:
+        t = self._t
+        acc = local("float32x4", QUADS)
+        for quad in range(QUADS):
+            T.buffer_store(acc, t.isa.splat(0.0), [quad])
+        with loop(t.groups // self._unroll) as step:
+            for u in range(self._unroll):
+                self._group(acc, block, step * self._unroll + u)
+        return [t.finish(acc[quad], block, quad, 0, split) for quad in range(QUADS)]
+
+    def _group(self, acc: Any, block: Any, group: Any) -> None:
+        """Add one group of 32 columns."""
+        t, isa = self._t, self._t.isa
+        if self._prefetch:
+            for line in range(0, GROUP_BYTES, 64):
+                isa.prefetch(t.weights, block, group + self._prefetch, line)
+            isa.prefetch(t.scales, block, group + self._prefetch, 0)
+        x = [
+            T.Bind(T.reinterpret("int32x4", isa.load(t.codes, 0, group * GROUP + i, lanes=16)))
+            for i in (0, 16)
+        ]
+        for quad in range(QUADS):
+            total = isa.splat(T.int32(0))
+            for j in range(4):
+                packed = t.packed(block, group, quad, j)
+                for half, rows in enumerate((low_nibbles(packed), high_nibbles(packed))):
+                    chunk = 2 * j + half
+                    total = T.Bind(isa.dot_lane(total, rows, x[chunk // 4], chunk % 4))
+            value = isa.fma(isa.to_float32(total), t.scale(block, group, quad), acc[quad])
+            T.buffer_store(acc, value, [quad])
+
+
+def _emit_panels(tile: Tile, item: Any, mr: int) -> None:
+    """Compute and store a work item: panels of 16 tokens, tiles of at most `mr` of them."""
+    m = tile.tensors.shape.m
+
+    def panel(index: Any, tokens: int) -> None:
+        with loop(QUADS) as quad:
+            for first in range(0, tokens, mr):
+                tile.emit(item, quad, index, first, min(mr, tokens - first))
+
+    if m >= PANEL:
+        with loop(m // PANEL) as index:
+            panel(index, PANEL)
+    if m % PANEL:
+        panel(T.int64(m // PANEL), m % PANEL)
+
+
+class Tile:
+    """Some tokens of a panel times a quad; a subclass multiplies."""
+
+    def __init__(self, tensors: Tensors, unroll: int) -> None:
+        self.tensors, self._unroll = tensors, unroll
+
+    def emit(self, item: Any, quad: Any, panel: Any, first: int, tokens: int) -> None:
+        """Compute and store the results of a quad (of gate and up: two) for some tokens.
+
+        Args:
+            item: work item.
+            quad: of a block.
+            panel: of 16 tokens.
+            first: the tile's first token in the panel, even.
+            tokens: of the tile.
+        """
+        t, isa = self.tensors, self.tensors.isa
+        if t.epilogue.is_swiglu:
+            gate = self._quad(item * 2, quad, panel, first, tokens, 0)
+            up = self._quad(item * 2 + 1, quad, panel, first, tokens, 1)
+            values = [isa.silu(g) * u for g, u in zip(gate, up, strict=True)]
+        else:
+            values = self._quad(item, quad, panel, first, tokens, None)
+        for i, value in enumerate(values):
+            t.epilogue.store(value, panel * PANEL + first + i, item * ROWS + quad * QUAD)
+
+    def _quad(
+        self, block: Any, quad: Any, panel: Any, first: int, tokens: int, split: int | None
+    ) -> list[Any]:
+        """Results of a quad, a vector for each token."""
+        t = self.tensors
+        acc = local("float32x4", tokens + tokens % 2)
+        for i in range(tokens + tokens % 2):
+            T.buffer_store(acc, t.isa.splat(0.0), [i])
+        with loop(t.groups // self._unroll) as step:
+            for u in range(self._unroll):
+                self.group(acc, block, quad, panel, first, tokens, step * self._unroll + u)
+        sums = self.sums(acc, tokens)
+        return [
+            t.finish(value, block, quad, panel * PANEL + first + i, split)
+            for i, value in enumerate(sums)
+        ]
+
+    def pair_codes(self, panel: Any, group: Any, pair: int) -> list[Any]:
+        """The four vectors of a pair of tokens, int8x16: 8 codes of each."""
+        t = self.tensors
+        places = [pair * (2 * GROUP) + i * 16 for i in range(4)]
+        return [T.Bind(t.isa.load(t.codes, panel, group, place, lanes=16)) for place in places]
+
+    def group(
+        self, acc: Any, block: Any, quad: Any, panel: Any, first: int, tokens: int, group: Any
+    ) -> None:
+        """Add one group of 32 columns."""
+        raise NotImplementedError
+
+    def sums(self, acc: Any, tokens: int) -> list[Any]:
+        """The accumulators as one vector of four rows for each token."""
+        raise NotImplementedError
+
+
+class LaneTile(Tile):
+    """Dot products by lane: an accumulator is four rows for one token."""
+
+    def group(
+        self, acc: Any, block: Any, quad: Any, panel: Any, first: int, tokens: int, group: Any
+    ) -> None:
+        """Unpack the quad once for all tokens."""
+        t, isa = self.tensors, self.tensors.isa
+        packed = [t.packed(block, group, quad, j) for j in range(4)]
+        # chunks[c] holds codes 4c .. 4c+3 of the four rows
+        chunks = [half(p) for p in packed for half in (low_nibbles, high_nibbles)]
+        scale = t.scale(block, group, quad)
+        for token in range(first, first + tokens):
+            if token % 2 == 0:
+                x = [T.reinterpret("int32x4", v) for v in self.pair_codes(panel, group, token // 2)]
+            total = isa.splat(T.int32(0))
+            for chunk, rows in enumerate(chunks):
+                vector, place = 2 * (chunk // 4) + chunk % 2, chunk % 4 // 2
+                total = T.Bind(isa.dot_lane(total, rows, x[vector], token % 2 * 2 + place))
+            i = token - first
+            T.buffer_store(acc, isa.fma(isa.to_float32(total), scale, acc[i]), [i])
+
+    def sums(self, acc: Any, tokens: int) -> list[Any]:
+        """They are that already."""
+        return [acc[i] for i in range(tokens)]
