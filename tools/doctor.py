@@ -174,16 +174,30 @@ def examine_tools() -> Iterator[Finding]:
             fix = "pip install 'llamac[compiler]' brings zig"
             why += "; a system compiler links for this machine only"
             yield Finding("C compiler", NOTE, found, why, fix)
-    programs = {
-        "readelf": ("tests look into libraries with it", "install the Debian package binutils"),
-        "qemu-aarch64": ("will run bundles for Arm; this version does not need it", ""),
-    }
-    for program, (why, fix) in programs.items():
-        path = shutil.which(program)
-        if path or not fix:
-            yield Finding(program, OK, path or "not installed", why)
-        else:
-            yield Finding(program, NOTE, "not installed", why, fix)
+    path, why = shutil.which("readelf"), "tests look into libraries with it"
+    if path:
+        yield Finding("readelf", OK, path, why)
+    else:
+        yield Finding("readelf", NOTE, "not installed", why, "apt-get install binutils")
+    yield examine_emulator()
+
+
+def examine_emulator() -> Finding:
+    """Find the emulator of Arm CPUs, and say what it cannot do."""
+    from llamac.targets.emulator import FIRST_VERSION_WITH_SME, find_emulator  # noqa: PLC0415
+
+    what, why = "qemu-aarch64", "runs, verifies and counts bundles for Arm CPUs (--emulate)"
+    try:
+        emulator = find_emulator()
+    except LlamacError as error:
+        return Finding(what, NOTE, f"{error.message}: {error.cause}", why, error.fix)
+    lacks = []
+    if emulator.version < FIRST_VERSION_WITH_SME:
+        lacks.append("SME kernels need version 10")
+    if not emulator.has_plugins:
+        lacks.append("counting needs one that loads plug-ins, as Debian 12's does")
+    found = "; ".join([emulator.description, *lacks])
+    return Finding(what, OK, found, why)
 
 
 def examine_cpu(cpuinfo: Path) -> Iterator[Finding]:

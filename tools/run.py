@@ -98,8 +98,9 @@ def run(args: argparse.Namespace) -> int:
         if args.stats:
             later, seconds = max(len(generation.tokens) - 1, 0), max(ended - first, 1e-9)
             notice(f"loaded in {loaded - started:.3f} s, kernels {model.info.level}")
-            notice(f"first text after {first - loaded:.3f} s")
-            notice(f"then {later} tokens in {seconds:.3f} s: {later / seconds:.1f} tokens/s")
+            where = ", emulated" if emulator else ""
+            notice(f"first text after {first - loaded:.3f} s{where}")
+            notice(f"then {later} tokens in {seconds:.3f} s: {later / seconds:.1f} tokens/s{where}")
             notice(f"ended by {generation.finish_reason}")
     return 0
 

@@ -81,6 +81,21 @@ def test_no_compiler_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (finding.found, finding.fix) == ("no ziglang", "pip install ziglang")
 
 
+def test_a_missing_emulator_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Compiling works without it; what is found says what it cannot do."""
+    monkeypatch.delenv("QEMU_CPU", raising=False)
+    monkeypatch.setenv("LLAMAC_QEMU", str(tmp_path / "qemu"))
+    finding = doctor.examine_emulator()
+    assert finding.status == "note"
+    assert "apt-get install qemu-user" in finding.fix
+    (tmp_path / "qemu").write_text("#!/bin/sh\necho qemu-aarch64 version 7.2.22\n")
+    (tmp_path / "qemu").chmod(0o755)
+    finding = doctor.examine_emulator()
+    assert finding.status == "ok"
+    assert "7.2.22" in finding.found
+    assert "SME kernels need version 10" in finding.found and "plug-ins" in finding.found
+
+
 @pytest.mark.parametrize(
     ("flags", "status", "level"),
     [
