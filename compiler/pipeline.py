@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -38,7 +38,8 @@ from llamac.compiler.describe import (
 )
 from llamac.compiler.dump import Dump
 from llamac.compiler.progress import Progress, Report
-from llamac.runtime.errors import NumericsError, TargetUnknown, UsageError
+from llamac.runtime import system
+from llamac.runtime.errors import NumericsError, TargetUnknown, ToolchainMissing, UsageError
 from llamac.runtime.library import open_library
 from llamac.runtime.manifest import (
     MANIFEST_NAME,
@@ -54,6 +55,9 @@ from llamac.targets.base import Artifact, Identity, Lowered, LowerOptions, Targe
 from llamac.targets.program import Program
 from llamac.targets.registry import load_target
 from llamac.targets.soc import load_soc
+
+if TYPE_CHECKING:
+    from llamac.compiler.verify import OpenModel
 
 DEFAULT_CONTEXT = 8192
 LARGEST_CONTEXT = 131072  # what Llama 3 was trained for
@@ -156,7 +160,7 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
             with progress.stage("verify") as stage:
                 tokens = probe_tokens(tokenizer, checkpoint, text, PROBE_TOKENS)
                 verification = _verify(
-                    config, folder, lowered.program, checkpoint, artifacts, tokens, stage
+                    config, target, folder, lowered.program, checkpoint, artifacts, tokens, stage
                 )
         with progress.stage("hash and write the manifest"):
             manifest = _manifest(
@@ -316,6 +320,7 @@ def _write_data(folder: Path, checkpoint: Checkpoint, program: Program) -> list[
 
 def _verify(
     config: CompileConfig,
+    target: Target,
     folder: Path,
     program: Program,
     checkpoint: Checkpoint,
@@ -323,17 +328,20 @@ def _verify(
     tokens: Sequence[int],
     stage: Any,
 ) -> Verification:
-    """Compare the built library with the reference.
+    """Compare what was built with the reference, here or in an emulator.
 
     Raises:
         NumericsError: an operation, or the whole model, is too far off.
     """
     from llamac.compiler.verify import verify_library  # noqa: PLC0415
 
-    [library] = [artifact.path for artifact in artifacts if artifact.role == "library"]
+    [program_of] = [a for a in artifacts if a.role in ("library", "runner")][-1:]
+    opener, where = _opener(target, folder / program_of.path, folder / WEIGHTS)
+    if opener is None:
+        return Verification(status="skipped", where=where)
     report = verify_library(
         program,
-        partial(open_library, folder / library, folder / WEIGHTS),
+        opener,
         checkpoint,
         scale_dtype=config.scale_dtype,
         kv_dtype=config.kv_dtype,
@@ -347,7 +355,26 @@ def _verify(
             cause="the built library does not compute what the reference computes",
             fix="this is a fault of llamac or of the processor: report it with `--dump`'s files",
         )
-    return report.to_manifest()
+    return replace(report.to_manifest(), where=where)
+
+
+def _opener(target: Target, program: Path, weights: Path) -> tuple[OpenModel | None, str]:
+    """How to run what was built, and where it runs; None and why it cannot run here.
+
+    Args:
+        target: that built it.
+        program: the library, or the runner if it is for another architecture.
+        weights: weights.bin.
+    """
+    if target.soc.arch == system.machine():
+        return partial(open_library, program, weights), "this machine"
+    from llamac.targets.emulator import find_emulator  # noqa: PLC0415
+
+    try:
+        emulator = find_emulator()
+    except ToolchainMissing as error:
+        return None, f"{error.message}; verify later: llamac verify BUNDLE MODEL --emulate"
+    return partial(emulator.open_runner, program, weights), emulator.description
 
 
 def _manifest(

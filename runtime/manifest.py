@@ -177,9 +177,13 @@ class OperationCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared with the reference when the bundle was made."""
+    """What was compared with the reference when the bundle was made, and where it ran.
+
+    `where` is "this machine", an emulator with its CPU model, or why it could not run.
+    """
 
     status: Name
+    where: str = ""
     probe_tokens: NotNegative = 0
     operations: tuple[OperationCheck, ...] = ()
     nll: Mapping[str, float] = field(default_factory=dict)

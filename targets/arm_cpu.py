@@ -9,9 +9,11 @@ operating system really offer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llamac.targets.cpu.target import CpuTarget
+from llamac.targets.base import Artifact
+from llamac.targets.cpu.target import RUNTIME_SOURCES, CpuTarget
 
 if TYPE_CHECKING:
     from llamac.schedules.intrin.isa import Isa
@@ -44,3 +46,29 @@ class ArmCpu(CpuTarget):
             features = {feature for cluster in self.soc.clusters for feature in cluster.features}
             wanted = ALWAYS | (IF_PRESENT & features)
         return [isa for isa in ARM_LEVELS if isa.name in wanted]
+
+    def link(self, sources: Sequence[Path], objects: Sequence[Path], out: Path) -> list[Artifact]:
+        """One library per flavour, and the static runner."""
+        from llamac.targets.runner_program import RUNNER, RUNNER_ROLE, link_runner  # noqa: PLC0415
+        from llamac.targets.toolchain import find_toolchain, link_shared  # noqa: PLC0415
+
+        toolchain = find_toolchain()
+        artifacts = []
+        for flavour, target in (("glibc", "aarch64-linux-gnu.2.28"),):
+            library = out / "lib" / flavour / "libmodel.so"
+            library.parent.mkdir(parents=True, exist_ok=True)
+            link_shared(
+                toolchain,
+                sources=sources,
+                objects=objects,
+                include_dirs=[RUNTIME_SOURCES],
+                out=library,
+                target=target,
+                soname=library.name,
+                exports=["llamac_*", "__tvm_ffi_*"],
+            )
+            artifacts.append(Artifact(library.relative_to(out), "library"))
+        runner = out / RUNNER
+        runner.parent.mkdir(exist_ok=True)
+        link_runner(toolchain, entry=sources[0], objects=objects, arch=self.soc.arch, out=runner)
+        return [*artifacts, Artifact(RUNNER, RUNNER_ROLE)]

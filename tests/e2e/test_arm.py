@@ -1,0 +1,115 @@
+"""Arm bundles of the tiny model under QEMU: every level, chosen by what the CPU model has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamac.compiler.verify import verify_bundle
+from llamac.runtime import load
+from llamac.runtime.errors import CpuUnsupported
+from llamac.runtime.manifest import read_manifest
+from llamac.targets.emulator import find_emulator
+from llamac.targets.soc import load_soc, soc_files
+
+pytestmark = pytest.mark.needs("qemu-aarch64")
+
+NUM_TOKENS = 48
+# Where the two best logits are this close, relative to their spread, a level may choose the other
+# one: levels and processors add floats in different orders.
+NEAR_TIE = 1e-3
+
+# CPU model -> the level that the library must choose by itself.
+CPUS = {
+    "cortex-a57": "neon",
+    "cortex-a76": "dotprod",
+    "neoverse-n1": "dotprod",
+    "max,sve=off,sme=off": "i8mm",
+    "max,sme=off,sve-default-vector-length=16": "i8mm",
+}
+ALL_LEVELS = ("i8mm", "dotprod", "neon")
+
+
+@pytest.fixture(scope="session")
+def all_levels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a SoC file with every Arm level."""
+    path = tmp_path_factory.mktemp("soc") / "all-levels.toml"
+    text = soc_files()["rpi5"].read_text("utf-8")
+    for name in ALL_LEVELS:
+        text += f'\n[[levels]]\nname = "{name}"\nfeatures = []\n'
+    path.write_text(text)
+    assert len(load_soc(path).levels) == len(ALL_LEVELS)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def arm_bundle(compiled: Callable[..., Path], all_levels: str, tiny: Path) -> Callable[[str], Path]:
+    """The Arm bundle of a form of the tiny model; compiling it verifies its best level."""
+    return lambda form: compiled(tiny / form, target=all_levels)
+
+
+def greedy(bundle: Path, cpu: str | None) -> tuple[str, list[int], list[np.ndarray]]:
+    """Level, chosen tokens and logits of a short story; here (None) or on an emulated CPU."""
+    machine = None if cpu is None else find_emulator(cpu)
+    with load(bundle, threads=2, machine=machine) as model, model.session() as session:
+        tokens, logits = [], []
+        session.append(model.tokenizer.encode("Tell me a story about a fox.", bos=True))
+        for _ in range(NUM_TOKENS):
+            tokens.append(session.argmax())
+            logits.append(session.logits)
+            session.append(tokens[-1:])
+        return model.info.level, tokens, logits
+
+
+def assert_same_story(
+    got: tuple[str, list[int], list[np.ndarray]], expected: tuple[str, list[int], list[np.ndarray]]
+) -> None:
+    """Equal tokens up to a step, if any, where the two best ones were as good as equal."""
+    for place, (token, best) in enumerate(zip(got[1], expected[1], strict=True)):
+        logits = expected[2][place]
+        if token != best:
+            margin = float(logits[best] - logits[token]) / float(logits.std())
+            assert margin <= NEAR_TIE, f"token {place}: {token} and not {best}, {margin:.2e} apart"
+            return
+        difference = float(np.abs(got[2][place] - logits).max() / logits.std())
+        assert difference < 0.2, f"token {place}: logits differ by {difference:.2e}"
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_each_cpu_gets_its_level_and_tells_the_host_s_story(
+    cpu: str, arm_bundle: Callable[[str], Path], compiled: Callable[..., Path], tiny: Path
+) -> None:
+    got = greedy(arm_bundle("spinquant"), cpu)
+    assert got[0] == CPUS[cpu]
+    assert_same_story(got, greedy(compiled(tiny / "spinquant"), None))
+
+
+@pytest.mark.parametrize("form", ["qlora", "bf16"])
+def test_other_forms(
+    form: str, arm_bundle: Callable[[str], Path], compiled: Callable[..., Path], tiny: Path
+) -> None:
+    got = greedy(arm_bundle(form), "cortex-a76")
+    assert_same_story(got, greedy(compiled(tiny / form), None))
+
+
+@pytest.mark.parametrize("level", ["dotprod", "neon"])
+def test_every_operation_equals_the_reference(
+    level: str, arm_bundle: Callable[[str], Path], tiny: Path
+) -> None:
+    """The best level was verified when the bundle was compiled."""
+    bundle = arm_bundle("spinquant")
+    checked = read_manifest(bundle).verification
+    assert checked.status == "passed" and "qemu" in checked.where
+    machine = find_emulator("cortex-a76" if level == "dotprod" else "cortex-a57")
+    report = verify_bundle(bundle, tiny / "spinquant", level=level, machine=machine)
+    assert report.passed, report.failures
+    assert report.level == level
+
+
+def test_a_level_that_the_cpu_lacks_is_refused(arm_bundle: Callable[[str], Path]) -> None:
+    """Before any of its instructions could end the process."""
+    with pytest.raises(CpuUnsupported, match="dotprod"):
+        load(arm_bundle("spinquant"), level="dotprod", machine=find_emulator("cortex-a57"))
