@@ -44,7 +44,7 @@ Each thread count runs in a process of its own; one unmeasured round comes first
 kernels a CPU gets. All times are then those of the emulator and say nothing about a device.
 """
 
-# Defaults; the second ones are for emulated CPUs, which are some hundred times slower.
+# Defaults, here and for emulated CPUs, which are much slower.
 COUNTS = {"prompt_tokens": (128, 32), "decode_tokens": (64, 8), "rounds": (3, 1)}
 
 SECONDS_TO_END = 10
