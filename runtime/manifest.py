@@ -183,10 +183,10 @@ class Verification:
     """
 
     status: Name
-    where: str = ""
     probe_tokens: NotNegative = 0
     operations: tuple[OperationCheck, ...] = ()
     nll: Mapping[str, float] = field(default_factory=dict)
+    where: str = ""
 
 
 @dataclass(frozen=True)

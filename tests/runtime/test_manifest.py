@@ -98,6 +98,7 @@ DOCUMENT: dict[str, Any] = {
         "probe_tokens": 8,
         "operations": [{"name": "layers.0.wq", "sqnr_db": 41.5}],
         "nll": {"bundle": 2.5, "reference": 2.5},
+        "where": "this machine",
     },
 }
 
