@@ -2,13 +2,13 @@
 
 The same product as in `qmatmul.py`, in the form that Arm's instructions want:
 
-    y[m, n] = sx * ( f * sum_g s'[n, g] * dot(x[m, g], 16 * w[n, g])  -  zp * ksum[n] )
+    y[m, n] = sx * ( f * sum_g s'[n, g] * dot(x[m, g], w[n, g])  -  zp * ksum[n] )
 
-Nibbles are signed. A shift left and a mask turn a byte of two of them into 16 * w each, and the 16
-goes into the factor f. A float16 scale is not converted: its bits, shifted left by 13, are the
-float32 s' = s * 2^-112 (scales are not negative), and f takes the 2^112 back. One widening shift
-does it, on a pipe that the dot products leave free; `fcvtl` would cost two slots of a busy one.
-A bfloat16 scale is shifted by 16 and is exact.
+Nibbles are signed. A shift left and a mask turn a byte of two of them into 16 * w each, and the
+conversion of the sum to float takes the 16 out again: `scvtf` has fraction bits. A float16 scale is
+not converted: its bits, shifted left by 13, are the float32 s' = s * 2^-112 (scales are not
+negative), and f = 2^112. One widening shift does it, on a pipe that the dot products leave free;
+`fcvtl` would cost two slots of a busy one. A bfloat16 scale is shifted by 16 and is exact.
 
 Packed layout, one for all levels of the architecture (four rows are a quad, four quads a block):
 
@@ -114,8 +114,12 @@ class Tensors:
 
     @property
     def factor(self) -> float:
-        """What turns an accumulator into the sum: 1/16 of the nibbles, 2^112 of the scales."""
-        return 1 / 16 if self.is_bfloat16 else 2.0**108
+        """What the scales in the accumulators lack."""
+        return 1.0 if self.is_bfloat16 else 2.0**112
+
+    def scaled(self, total: Any, scale: Any, acc: Any) -> Any:
+        """Acc + scale * total / 16."""
+        return self.isa.fma(self.isa.fixed_to_float32(total, 4), scale, acc)
 
     def packed(self, block: Any, group: Any, quad: Any, j: int) -> Any:
         """Vector j of a quad: 16 bytes."""
@@ -193,8 +197,7 @@ class _Gemv:
                 for half, rows in enumerate((low_nibbles(packed), high_nibbles(packed))):
                     chunk = 2 * j + half
                     total = T.Bind(isa.dot_lane(total, rows, x[chunk // 4], chunk % 4))
-            value = isa.fma(isa.to_float32(total), t.scale(block, group, quad), acc[quad])
-            T.buffer_store(acc, value, [quad])
+            T.buffer_store(acc, t.scaled(total, t.scale(block, group, quad), acc[quad]), [quad])
 
 
 def _emit_panels(tile: Tile, item: Any, mr: int) -> None:
@@ -293,7 +296,7 @@ class LaneTile(Tile):
                 vector, place = 2 * (chunk // 4) + chunk % 2, chunk % 4 // 2
                 total = T.Bind(isa.dot_lane(total, rows, x[vector], token % 2 * 2 + place))
             i = token - first
-            T.buffer_store(acc, isa.fma(isa.to_float32(total), scale, acc[i]), [i])
+            T.buffer_store(acc, t.scaled(total, scale, acc[i]), [i])
 
     def sums(self, acc: Any, tokens: int) -> list[Any]:
         """They are that already."""

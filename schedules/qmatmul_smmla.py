@@ -42,7 +42,7 @@ class SmmlaTile(Tile):
                 for x, w in zip(codes, weights[side], strict=True):
                     total = T.Bind(isa.matmul_2x2(total, x, w))
                 i = 2 * (pair - first // 2) + side
-                T.buffer_store(acc, isa.fma(isa.to_float32(total), scales[side], acc[i]), [i])
+                T.buffer_store(acc, t.scaled(total, scales[side], acc[i]), [i])
 
     def _row_pairs(self, block: Any, quad: Any, group: Any) -> list[list[Any]]:
         """For rows (0, 1) and (2, 3) the four vectors that meet those of a pair of tokens."""

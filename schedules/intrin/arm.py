@@ -2,14 +2,18 @@
 
 A level may use only the features that it names, because these are what the library checks at load.
 Naming a CPU (`mcpu`) tells LLVM much more than that, so a named CPU is used for its scheduling
-model alone: whatever it could do beyond the level is switched off again (`_scheduled_for`).
+model alone: whatever it could do beyond the level is switched off again (`scheduled_for`).
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import re
 from typing import Any
 
 from tvm import tirx
+from tvm.target import Target, codegen
 from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.isa import (
@@ -46,6 +50,11 @@ class ArmNeon(Isa):
     def rint(self, value: Any) -> Any:
         """Round half to even: frintn."""
         return float_intrinsic("roundeven", lanes_of(value), value)
+
+    def fixed_to_float32(self, value: Any, fraction_bits: int) -> Any:
+        """int32x4 / 2^fraction_bits as float32x4: one scvtf with the scaling in it."""
+        name = "llvm.aarch64.neon.vcvtfxs2fp.v4f32.v4i32"
+        return intrinsic("float32x4", name, value, T.int32(fraction_bits))
 
     def dot_lane(self, acc: Any, rows: Any, codes: Any, lane: int) -> Any:
         """acc[i] += sum of 4 products of int8 lanes 4i .. 4i+3 with word `lane` of `codes`, exact.
@@ -99,6 +108,45 @@ class ArmI8mm(ArmDotprod):
         """acc[2i + j] += dot of the 8 bytes of half i of `lhs` with those of half j of `rhs`."""
         name = "llvm.aarch64.neon.smmla.v4i32.v16i8"
         return intrinsic("int32x4", name, acc, lhs, rhs)
+
+
+# LLVM lists with a CPU's features also how to schedule for it; these words may stay.
+_TUNING = re.compile(
+    "fuse-|use-|enable-|disable-|predictable-|avoid-|balance-|no-|alu-|arith-|cmp-|zcm-|zcz-"
+    "|max-interleave|cortex-|neoverse-"
+)
+_BASELINE = frozenset({"neon", "fp-armv8"})
+
+
+def scheduled_for(isa: ArmNeon, mcpu: str) -> ArmNeon:
+    """The same level, scheduled by LLVM for a core; its instructions stay those of the level.
+
+    Args:
+        isa: a level.
+        mcpu: LLVM's name of a core, "cortex-x4"; "generic" and names that LLVM does not know
+            change nothing.
+    """
+    if mcpu == "generic" or mcpu not in _known_cpus():
+        return isa
+    allowed = _BASELINE | set(isa.features)
+    beyond = sorted(f for f in _cpu_features(mcpu) - allowed if not _TUNING.match(f))
+    # Minus first: LLVM reads from left to right, and dropping a version drops what it implies.
+    mattr = [f"-{feature}" for feature in beyond] + isa.target["mattr"]
+    scheduled = copy.copy(isa)
+    scheduled.target = isa.target | {"mcpu": mcpu, "mattr": mattr}
+    return scheduled
+
+
+@functools.cache
+def _known_cpus() -> frozenset[str]:
+    plain = Target({"kind": "llvm", "mtriple": TRIPLE})
+    return frozenset(map(str, codegen.llvm_get_cpu_archlist(plain)))
+
+
+@functools.cache
+def _cpu_features(mcpu: str) -> frozenset[str]:
+    named = Target({"kind": "llvm", "mtriple": TRIPLE, "mcpu": mcpu})
+    return frozenset(map(str, codegen.llvm_get_cpu_features(named)))
 
 
 def broadcast_word(words: Any, lane: int) -> Any:
