@@ -7,7 +7,8 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -24,11 +25,13 @@ from llamac.tools.console import (
     positive_int,
     print_json,
     print_rows,
+    progress_for,
 )
 from llamac.tools.measure import Measurement, Request
 
 if TYPE_CHECKING:
     from llamac.runtime.manifest import Manifest
+    from llamac.targets.emulator import Emulator
 
 EPILOG = """\
 examples:
@@ -89,9 +92,6 @@ def run(args: argparse.Namespace) -> int:
     _check(args, manifest)
     results = []
     for threads in args.threads or (default_threads(),):
-        if not args.quiet:
-            where = f" under {emulator.description}" if emulator else ""
-            notice(f"{_threads(threads)}: {_rounds(args.rounds)}{where} ...")
         request = Request(
             bundle=str(args.bundle),
             threads=threads,
@@ -103,13 +103,26 @@ def run(args: argparse.Namespace) -> int:
             emulate=args.emulate,
             cpu=args.cpu,
         )
-        results.append(summarize(measure_in_child(request), request, manifest))
+        with _shown(args, f"{_threads(threads)}: {_rounds(args.rounds)}", emulator):
+            results.append(summarize(measure_in_child(request), request, manifest))
     if args.json:
         print_json({"bundle": str(args.bundle), "model": manifest.model.name, "runs": results})
         return 0
     for result in results:
         _print_result(result, manifest.model.name, plain=args.plain)
     return 0
+
+
+@contextmanager
+def _shown(args: argparse.Namespace, work: str, emulator: Emulator | None) -> Iterator[None]:
+    """Say what is measured; under an emulator, which takes long, also that it goes on."""
+    if emulator is not None and not args.quiet:
+        with progress_for(args).stage(f"{work} under {emulator.description}"):
+            yield
+        return
+    if not args.quiet:
+        notice(f"{work} ...")
+    yield
 
 
 def _print_result(result: dict[str, Any], name: str, *, plain: bool) -> None:

@@ -143,6 +143,12 @@ def chain_runner(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     return build
 
 
+@pytest.fixture
+def runner(chain_runner: Callable[[str], Path]) -> Path:
+    """The chain model's llamac-runner for this machine."""
+    return chain_runner(system.machine())
+
+
 class BundleMaker:
     """Writes bundles of the chain model into new folders."""
 
