@@ -38,6 +38,7 @@ class Generation(Iterator[str]):
         finish_reason: None while running, then why it ended: "stop" (a stop id or stop text),
             "length" (`max_tokens` reached) or "context" (the context is full).
         tokens: the ids generated so far, without the stop id.
+        prompt: the ids that come before them.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Generation(Iterator[str]):
         self.finish_reason: FinishReason | None = None
         self.tokens: list[int] = []
         self._session = session
-        self._prompt = prompt
+        self.prompt = tuple(prompt)
         self._sampling = sampling
         self._max_tokens = max_tokens
         self._random = np.random.default_rng(seed)
@@ -110,7 +111,7 @@ class Generation(Iterator[str]):
         return self._scanner.feed(self._decoder.feed(token))
 
     def _start(self) -> None:
-        self._session.append(self._prompt)
+        self._session.append(self.prompt)
         self._position = self._session.position
         self._is_started = True
 

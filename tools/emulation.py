@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from llamac.runtime.errors import UsageError
@@ -77,3 +79,17 @@ def evaluation_shown(model: Model, args: argparse.Namespace) -> Iterator[None]:
             yield
         finally:
             native.after_eval = None
+
+
+def device_command(model: Model, prompt: Sequence[int], args: argparse.Namespace) -> str:
+    """Return the call of llamac-runner that continues a prompt greedily, beside its files."""
+    files = (model.manifest.file(role) for role in ("weights", "tokenizer"))
+    weights, tokenizer = (Path(name).name for name in files)
+    words = ["./llamac-runner", weights, "--tokenizer", tokenizer]
+    words += ["--tokens", ",".join(map(str, prompt))]
+    if model.tokenizer.stop_ids:
+        words += ["--stop", ",".join(map(str, sorted(model.tokenizer.stop_ids)))]
+    words += ["--decode", str(args.max_tokens)]
+    for option, value in (("--threads", args.threads), ("--level", args.level)):
+        words += [option, str(value)] if value is not None else []
+    return shlex.join(words)

@@ -56,6 +56,11 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--level", metavar="NAME", help="kernels to use (default: the best)")
     emulation.add_arguments(parser)
     parser.add_argument("--stats", action="store_true", help="print speeds to standard error")
+    parser.add_argument(
+        "--device-command",
+        action="store_true",
+        help="print the call of the bundle's llamac-runner that makes the same text on a device",
+    )
     _add_sampling(parser.add_argument_group("sampling (default: the most likely token)"))
 
 
@@ -95,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
             piece = next(generation, "")
         ended = time.perf_counter()
         sys.stdout.write("\n")
+        if args.device_command:
+            notice(emulation.device_command(model, generation.prompt, args))
         if args.stats:
             later, seconds = max(len(generation.tokens) - 1, 0), max(ended - first, 1e-9)
             notice(f"loaded in {loaded - started:.3f} s, kernels {model.info.level}")

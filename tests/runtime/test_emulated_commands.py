@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -46,6 +47,29 @@ def test_run_prints_the_text_and_says_where_it_ran(
     assert "kernels portable" in err
     assert main(["--quiet", *emulated]) == 0
     assert capsys.readouterr() == (expected, "")
+
+
+@pytest.mark.needs("qemu-aarch64")
+def test_run_prints_the_command_for_a_device(
+    arm_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runner gets the same ids, and makes the same text of them."""
+    arguments = [
+        "run",
+        str(arm_bundle),
+        "the user",
+        "--max-tokens",
+        "9",
+        "--emulate",
+        "--threads=1",
+    ]
+    assert main([*arguments, "--device-command"]) == 0
+    out, err = capsys.readouterr()
+    [line] = [line for line in err.splitlines() if line.startswith("./llamac-runner weights.bin ")]
+    monkeypatch.chdir(arm_bundle)
+    command = shlex.split(line.replace("./llamac-runner", "bin/llamac-runner"))
+    done = subprocess.run(["qemu-aarch64", *command], capture_output=True, check=True)
+    assert done.stdout.decode("utf-8", "replace") == out
 
 
 @pytest.mark.needs("qemu-aarch64")

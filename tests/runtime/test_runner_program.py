@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llamac.runtime import load
 from llamac.runtime.remote import Operation
 
 PROMPT = (11, 70, 257, 3, 260, 99, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32)
@@ -124,6 +125,44 @@ def test_the_runner_generates_by_itself(
     for part in ("chain, kernels portable, threads: 2", "prefill: 20 tokens", "decode: 9 tokens"):
         assert part in done.stderr
     assert "ms  logits" in done.stderr
+
+
+def test_the_runner_prints_text_and_stops(
+    runner: Path, bundle: Path, greedy_after: Callable[..., list[int]]
+) -> None:
+    """With the bundle's tokenizer; special tokens have no text; a stop id ends it."""
+    tokens, expected = ",".join(map(str, PROMPT)), greedy_after(PROMPT, 40)
+    arguments = (bundle / "weights.bin", "--tokens", tokens, "--decode", 40)
+    with load(bundle) as model:
+        special = set(model.tokenizer.special_tokens.values())
+        text = model.tokenizer.decode([token for token in expected if token not in special])
+    command = [runner, *map(str, arguments), "--tokenizer", bundle / "tokenizer.model"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert done.stdout.decode("utf-8", "replace") == text + "\n"
+    stop = expected[12]
+    assert stop not in expected[:12]
+    done = run(runner, *arguments, "--stop", f"287,{stop}")
+    assert done.stdout == ",".join(map(str, expected[:12])) + "\n"
+    assert "decode: 12 tokens" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"\n", b"aGk=", b"aGk= x", b"aGk= 1 2", b"a-k= 1", b" 1", b"= 1", b"aGk= 1\n\0"],
+)
+def test_a_damaged_tokenizer_is_refused(
+    runner: Path, bundle: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    """Whatever the file holds; ids beyond the vocabulary are nobody's."""
+    path = tmp_path / "tokenizer.model"
+    if content is not None:
+        path.write_bytes(content)
+    done = run(runner, bundle / "weights.bin", "--tokens", "1", "--tokenizer", path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "is missing or no tokenizer.model" in done.stderr
+    path.write_bytes(b"aGk= 4000000000\r\naGk= 99999999999999999999\n")
+    done = run(runner, bundle / "weights.bin", "--tokens", "1", "--tokenizer", path)
+    assert (done.returncode, done.stdout) == (0, "\n")
 
 
 def test_the_runner_explains_itself(runner: Path) -> None:

@@ -15,7 +15,25 @@
  * Returns the exit code. */
 int runner_serve(void);
 
-/* Names of this CPU's features in `text`, "none" if it has none that llamac knows. */
-void runner_feature_text(uint64_t features, char *text, size_t capacity);
+/* ---- text.c ---- */
+
+/* The bytes of a token; they lie in the vocabulary's text. */
+typedef struct {
+  const char *bytes;
+  uint32_t num_bytes;
+} runner_token;
+
+typedef struct {
+  char *text;
+  runner_token *tokens; /* [num_tokens] */
+  uint32_t num_tokens;
+} runner_vocabulary;
+
+/* Reads tokenizer.model; false if it is missing or damaged. To be freed in both cases. */
+bool runner_read_vocabulary(const char *path, uint32_t num_tokens, runner_vocabulary *vocabulary);
+void runner_free_vocabulary(runner_vocabulary *vocabulary);
+
+/* Writes the bytes of a token to standard output; special tokens have none. */
+void runner_print_token(const runner_vocabulary *vocabulary, int32_t token);
 
 #endif /* LLAMAC_RUNNER_H */
