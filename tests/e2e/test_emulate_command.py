@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,6 +71,18 @@ def test_the_runner_alone_gives_the_same_tokens(board: Path) -> None:
     assert done.stdout == ",".join(map(str, expected)) + "\n"
     assert "kernels dotprod, threads: 2" in done.stderr
     assert "ms  qmatmul_quads" in done.stderr
+
+
+@pytest.mark.needs("readelf")
+def test_the_runner_needs_nothing_of_the_device(board: Path) -> None:
+    """No loader, no library; segments fit pages of 16 KiB, as new phones have them."""
+    command = ["readelf", "--wide", "--file-header", "--program-headers", "--dynamic"]
+    runner = str(board / "bin" / "llamac-runner")
+    shown = subprocess.run([*command, runner], capture_output=True, text=True, check=True).stdout
+    assert "AArch64" in shown
+    assert "INTERP" not in shown and "NEEDED" not in shown
+    alignments = re.findall(r"^  LOAD .* (0x[0-9a-f]+)$", shown, re.MULTILINE)
+    assert alignments and min(int(text, 16) for text in alignments) >= 0x4000
 
 
 def test_ctrl_c_ends_a_generation_and_its_emulator(board: Path) -> None:
