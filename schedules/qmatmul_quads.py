@@ -23,13 +23,14 @@ With `smmla`, two neighbouring vectors j are zipped before they are unpacked: th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.arm import ArmI8mm, ArmNeon
+from llamac.schedules.intrin.isa import pick
 from llamac.schedules.kernel import KernelBuilder, local
 from llamac.schedules.loop import loop
 from llamac.schedules.qmatmul import QMatmulShape
@@ -133,13 +134,22 @@ class Tensors:
         shift = T.broadcast(T.uint32(16 if self.is_bfloat16 else 13), QUAD)
         return T.Bind(T.reinterpret("float32x4", T.shift_left(T.Cast("uint32x4", bits), shift)))
 
-    def finish(self, acc: Any, block: Any, quad: Any, row: Any, split: int | None) -> Any:
-        """The results of a quad for a token, from its accumulator."""
+    def finish(
+        self, accs: Sequence[Any], block: Any, quad: Any, row0: Any, split: Any
+    ) -> list[Any]:
+        """The results of a quad for some tokens, from an accumulator of each."""
         isa = self.isa
-        scale, zero = (T.Bind(isa.splat(self.qparams[row, i])) for i in (0, 1))
-        ksum = isa.load(self.ksum, block * ROWS + quad * QUAD)
-        value = T.Bind(scale * (acc * isa.splat(self.factor) - zero * ksum))
-        return self.epilogue.add_lora(value, block, row, quad, split)
+        factor = isa.splat(self.factor)
+        ksum = T.Bind(isa.load(self.ksum, block * ROWS + quad * QUAD))
+        values = []
+        for i, acc in enumerate(accs):
+            if i % 2 == 0:  # one load for two tokens; the products take a lane of it
+                count = min(2, len(accs) - i)
+                params = T.Bind(isa.load(self.qparams, row0 + i, 0, lanes=2 * count))
+            scale, zero = (isa.splat(pick(params, [i % 2 * 2 + j])) for j in (0, 1))
+            value = T.Bind(scale * isa.fma(T.Bind(isa.splat(0.0) - zero), ksum, acc * factor))
+            values.append(self.epilogue.add_lora(value, block, row0 + i, quad, split))
+        return values
 
 
 def low_nibbles(packed: Any) -> Any:
@@ -177,7 +187,7 @@ class _Gemv:
         with loop(t.groups // self._unroll) as step:
             for u in range(self._unroll):
                 self._group(acc, block, step * self._unroll + u)
-        return [t.finish(acc[quad], block, quad, 0, split) for quad in range(QUADS)]
+        return [t.finish([acc[quad]], block, quad, 0, split)[0] for quad in range(QUADS)]
 
     def _group(self, acc: Any, block: Any, group: Any) -> None:
         """Add one group of 32 columns."""
@@ -203,6 +213,7 @@ class _Gemv:
 def _emit_panels(tile: Tile, item: Any, mr: int) -> None:
     """Compute and store a work item: panels of 16 tokens, tiles of at most `mr` of them."""
     m = tile.tensors.shape.m
+    tile.start(item)
 
     def panel(index: Any, tokens: int) -> None:
         with loop(QUADS) as quad:
@@ -242,6 +253,9 @@ class Tile:
         for i, value in enumerate(values):
             t.epilogue.store(value, panel * PANEL + first + i, item * ROWS + quad * QUAD)
 
+    def start(self, item: Any) -> None:
+        """Prepare a work item."""
+
     def _quad(
         self, block: Any, quad: Any, panel: Any, first: int, tokens: int, split: int | None
     ) -> list[Any]:
@@ -253,11 +267,7 @@ class Tile:
         with loop(t.groups // self._unroll) as step:
             for u in range(self._unroll):
                 self.group(acc, block, quad, panel, first, tokens, step * self._unroll + u)
-        sums = self.sums(acc, tokens)
-        return [
-            t.finish(value, block, quad, panel * PANEL + first + i, split)
-            for i, value in enumerate(sums)
-        ]
+        return t.finish(self.sums(acc, tokens), block, quad, panel * PANEL + first, split)
 
     def pair_codes(self, panel: Any, group: Any, pair: int) -> list[Any]:
         """The four vectors of a pair of tokens, int8x16: 8 codes of each."""
