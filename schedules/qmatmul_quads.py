@@ -5,7 +5,8 @@ The same product as in `qmatmul.py`, in the form that Arm's instructions want:
     y[m, n] = sx * ( f * sum_g s'[n, g] * dot(x[m, g], w[n, g])  -  zp * ksum[n] )
 
 Nibbles are signed. A shift left and a mask turn a byte of two of them into 16 * w each, and the
-conversion of the sum to float takes the 16 out again: `scvtf` has fraction bits. A float16 scale is
+conversion of the sum to float takes the 16 out again: `scvtf` has fraction bits. (Plain NEON sums
+products in 16 bits, which has no room for the 16: one more shift.) A float16 scale is
 not converted: its bits, shifted left by 13, are the float32 s' = s * 2^-112 (scales are not
 negative), and f = 2^112. One widening shift does it, on a pipe that the dot products leave free;
 `fcvtl` would cost two slots of a busy one. A bfloat16 scale is shifted by 16 and is exact.
@@ -29,18 +30,19 @@ from typing import Any
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from llamac.schedules.intrin.arm import ArmI8mm, ArmNeon
+from llamac.schedules.intrin.arm import ArmDotprod, ArmI8mm, ArmNeon
 from llamac.schedules.intrin.isa import pick
 from llamac.schedules.kernel import KernelBuilder, local
 from llamac.schedules.loop import loop
 from llamac.schedules.qmatmul import QMatmulShape
 from llamac.schedules.qmatmul_epilogue import ROWS, Epilogue
-from llamac.schedules.quantize import GROUP, PANEL, codes_shape
+from llamac.schedules.quantize import CHUNK_PAIRS, GROUP, PANEL, codes_shape
 
 VERSION = 1
 QUAD = 4  # rows of a quad, lanes of a vector
 QUADS = ROWS // QUAD
 GROUP_BYTES = ROWS * GROUP // 2
+CHUNKS = GROUP // 4  # of four codes, what a lane of a dot product takes
 
 KNOBS: Mapping[str, tuple[int, ...]] = {
     "mr": (4, 8, 12, 16),  # tokens per tile of four rows; a GEMV has one
@@ -56,11 +58,11 @@ def valid(shape: QMatmulShape, isa: ArmNeon, knobs: Mapping[str, int]) -> bool:
 
 
 def default(shape: QMatmulShape, isa: ArmNeon) -> dict[str, int]:
-    """Accumulators in half of the registers; a GEMV streams, so it asks for lines ahead."""
+    """Accumulators in half of the registers, fewer where products are summed in two halves."""
     unroll = 2 if shape.k // GROUP % 2 == 0 else 1
     if shape.m == 1:
         return {"mr": 1, "unroll": unroll, "prefetch": 0}
-    return {"mr": 16, "unroll": 1, "prefetch": 0}
+    return {"mr": 16 if isinstance(isa, ArmDotprod) else 8, "unroll": 1, "prefetch": 0}
 
 
 def make(
@@ -119,8 +121,8 @@ class Tensors:
         return 1.0 if self.is_bfloat16 else 2.0**112
 
     def scaled(self, total: Any, scale: Any, acc: Any) -> Any:
-        """Acc + scale * total / 16."""
-        return self.isa.fma(self.isa.fixed_to_float32(total, 4), scale, acc)
+        """Acc + scale * total, of a total that `dot_group` made."""
+        return self.isa.fma(self.isa.fixed_to_float32(total, self.isa.nibble_shift), scale, acc)
 
     def packed(self, block: Any, group: Any, quad: Any, j: int) -> Any:
         """Vector j of a quad: 16 bytes."""
@@ -150,16 +152,6 @@ class Tensors:
             value = T.Bind(scale * isa.fma(T.Bind(isa.splat(0.0) - zero), ksum, acc * factor))
             values.append(self.epilogue.add_lora(value, block, row0 + i, quad, split))
         return values
-
-
-def low_nibbles(packed: Any) -> Any:
-    """16 times the codes in the low nibbles."""
-    return T.Bind(T.shift_left(packed, T.broadcast(T.int8(4), 16)))
-
-
-def high_nibbles(packed: Any) -> Any:
-    """16 times the codes in the high nibbles."""
-    return T.Bind(T.bitwise_and(packed, T.broadcast(T.int8(-16), 16)))
 
 
 class _Gemv:
@@ -201,12 +193,10 @@ class _Gemv:
             for i in (0, 16)
         ]
         for quad in range(QUADS):
-            total = isa.splat(T.int32(0))
-            for j in range(4):
-                packed = t.packed(block, group, quad, j)
-                for half, rows in enumerate((low_nibbles(packed), high_nibbles(packed))):
-                    chunk = 2 * j + half
-                    total = T.Bind(isa.dot_lane(total, rows, x[chunk // 4], chunk % 4))
+            chunks = [
+                rows for j in range(4) for rows in isa.unpack(t.packed(block, group, quad, j))
+            ]
+            total = isa.dot_group(chunks, [(x[c // 4], c % 4) for c in range(CHUNKS)])
             T.buffer_store(acc, t.scaled(total, t.scale(block, group, quad), acc[quad]), [quad])
 
 
@@ -294,17 +284,18 @@ class LaneTile(Tile):
     ) -> None:
         """Unpack the quad once for all tokens."""
         t, isa = self.tensors, self.tensors.isa
-        packed = [t.packed(block, group, quad, j) for j in range(4)]
-        # chunks[c] holds codes 4c .. 4c+3 of the four rows
-        chunks = [half(p) for p in packed for half in (low_nibbles, high_nibbles)]
+        chunks = [rows for j in range(4) for rows in isa.unpack(t.packed(block, group, quad, j))]
         scale = t.scale(block, group, quad)
         for token in range(first, first + tokens):
             if token % 2 == 0:
                 x = [T.reinterpret("int32x4", v) for v in self.pair_codes(panel, group, token // 2)]
-            total = isa.splat(T.int32(0))
-            for chunk, rows in enumerate(chunks):
-                vector, place = 2 * (chunk // 4) + chunk % 2, chunk % 4 // 2
-                total = T.Bind(isa.dot_lane(total, rows, x[vector], token % 2 * 2 + place))
+            # Vector t has the chunks CHUNK_PAIRS[t], of the second token in its upper lanes.
+            words = {
+                c: (x[v], token % 2 * 2 + place)
+                for v, pair in enumerate(CHUNK_PAIRS)
+                for place, c in enumerate(pair)
+            }
+            total = isa.dot_group(chunks, [words[c] for c in range(CHUNKS)])
             i = token - first
             T.buffer_store(acc, t.scaled(total, scale, acc[i]), [i])
 

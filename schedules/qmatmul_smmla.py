@@ -21,7 +21,7 @@ from tvm.tirx.script.builder import ir as T
 from llamac.schedules.intrin.arm import ArmI8mm
 from llamac.schedules.intrin.isa import join, pick
 from llamac.schedules.kernel import local, opaque
-from llamac.schedules.qmatmul_quads import Tile, high_nibbles, low_nibbles
+from llamac.schedules.qmatmul_quads import Tile
 from llamac.schedules.quantize import PANEL
 
 
@@ -61,15 +61,14 @@ class SmmlaTile(Tile):
 
     def _row_pairs(self, block: Any, quad: Any, group: Any) -> list[list[Any]]:
         """For rows (0, 1) and (2, 3) the four vectors that meet those of a pair of tokens."""
-        words = [
-            T.reinterpret("int32x4", self.tensors.packed(block, group, quad, j)) for j in range(4)
-        ]
+        t = self.tensors
+        words = [T.reinterpret("int32x4", t.packed(block, group, quad, j)) for j in range(4)]
         pairs: list[list[Any]] = [[], []]
         for j in (0, 2):
             both = join([words[j], words[j + 1]])
             for side, lanes in enumerate(((0, 4, 1, 5), (2, 6, 3, 7))):
                 zipped = T.Bind(T.reinterpret("int8x16", pick(both, lanes)))
-                pairs[side] += [low_nibbles(zipped), high_nibbles(zipped)]
+                pairs[side] += t.isa.unpack(zipped)
         return pairs
 
     def sums(self, acc: Any, tokens: int) -> list[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from tvm import tirx
@@ -53,8 +54,38 @@ class ArmNeon(Isa):
 
     def fixed_to_float32(self, value: Any, fraction_bits: int) -> Any:
         """int32x4 / 2^fraction_bits as float32x4: one scvtf with the scaling in it."""
+        if fraction_bits == 0:
+            return self.to_float32(value)
         name = "llvm.aarch64.neon.vcvtfxs2fp.v4f32.v4i32"
         return intrinsic("float32x4", name, value, T.int32(fraction_bits))
+
+    # How many bits too high `unpack` leaves the codes, and `dot_group` its sums.
+    nibble_shift: int = 0
+
+    def unpack(self, packed: Any) -> tuple[Any, Any]:
+        """The signed low and high nibbles of an int8x16, times 2^nibble_shift."""
+        four = T.broadcast(T.int8(4), 16)
+        low = T.shift_right(T.Bind(T.shift_left(packed, four)), four)
+        return T.Bind(low), T.Bind(T.shift_right(packed, four))
+
+    def dot_group(self, chunks: Sequence[Any], words: Sequence[tuple[Any, int]]) -> Any:
+        """int32x4: four rows times a token's 32 codes, of nibbles as `unpack` leaves them.
+
+        Sums of eight products of a nibble and a code fit int16.
+
+        Args:
+            chunks: eight int8x16, four codes of four rows each.
+            words: for each chunk the int32x4 and the lane with the token's four codes.
+        """
+        sums: list[Any] = [None, None]
+        for rows, (codes, lane) in zip(chunks, words, strict=True):
+            word = T.Bind(broadcast_word(codes, lane))
+            for half in (0, 1):
+                products = T.Bind(self._products(rows, word, half))
+                sums[half] = products if sums[half] is None else T.Bind(sums[half] + products)
+        name = "llvm.aarch64.neon.saddlp.v4i32.v8i16"
+        pairs = [T.Bind(intrinsic("int32x4", name, half)) for half in sums]
+        return T.Bind(intrinsic("int32x4", "llvm.aarch64.neon.addp.v4i32", *pairs))
 
     def dot_lane(self, acc: Any, rows: Any, codes: Any, lane: int) -> Any:
         """acc[i] += sum of 4 products of int8 lanes 4i .. 4i+3 with word `lane` of `codes`, exact.
@@ -72,15 +103,16 @@ class ArmNeon(Isa):
     @staticmethod
     def _pair_sums(rows: Any, word: Any, half: int) -> Any:
         """int32x4 with the sums of neighbouring products of one half of two int8x16."""
-        lanes = range(8 * half, 8 * half + 8)
-        products = intrinsic(
-            "int16x8",
-            "llvm.aarch64.neon.smull.v8i16",
-            pick(rows, lanes),
-            pick(word, lanes),
-        )
+        products = ArmNeon._products(rows, word, half)
         name = "llvm.aarch64.neon.saddlp.v4i32.v8i16"
         return T.Bind(intrinsic("int32x4", name, T.Bind(products)))
+
+    @staticmethod
+    def _products(rows: Any, word: Any, half: int) -> Any:
+        """int16x8 with the products of one half of two int8x16."""
+        lanes = range(8 * half, 8 * half + 8)
+        name = "llvm.aarch64.neon.smull.v8i16"
+        return intrinsic("int16x8", name, pick(rows, lanes), pick(word, lanes))
 
 
 class ArmDotprod(ArmNeon):
@@ -89,6 +121,19 @@ class ArmDotprod(ArmNeon):
     name = "dotprod"
     features = ("dotprod",)
     target = _target(*features)
+    nibble_shift = 4
+
+    def unpack(self, packed: Any) -> tuple[Any, Any]:
+        """One shift and one mask: both nibbles stay in the upper half of their bytes."""
+        low = T.shift_left(packed, T.broadcast(T.int8(4), 16))
+        return T.Bind(low), T.Bind(T.bitwise_and(packed, T.broadcast(T.int8(-16), 16)))
+
+    def dot_group(self, chunks: Sequence[Any], words: Sequence[tuple[Any, int]]) -> Any:
+        """Eight sdot by lane."""
+        total = self.splat(T.int32(0))
+        for rows, (codes, lane) in zip(chunks, words, strict=True):
+            total = T.Bind(self.dot_lane(total, rows, codes, lane))
+        return total
 
     def dot_lane(self, acc: Any, rows: Any, codes: Any, lane: int) -> Any:
         """One sdot by element: LLVM folds the broadcast into the instruction."""
