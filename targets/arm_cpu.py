@@ -38,14 +38,19 @@ class ArmCpu(CpuTarget):
 
     def isas(self) -> Sequence[Isa]:
         """Instruction sets of the SoC's levels, best first."""
-        from llamac.schedules.intrin.arm import ARM_LEVELS  # noqa: PLC0415
+        from llamac.schedules.intrin.arm import (  # noqa: PLC0415
+            ARM_LEVELS,
+            scheduled_for,
+            scheduling_model,
+        )
 
         if self.soc.levels:
             wanted = {level.name for level in self.soc.levels}
         else:
             features = {feature for cluster in self.soc.clusters for feature in cluster.features}
             wanted = ALWAYS | (IF_PRESENT & features)
-        return [isa for isa in ARM_LEVELS if isa.name in wanted]
+        model = scheduling_model(self.soc.clusters[0].mcpu)
+        return [scheduled_for(isa, model) for isa in ARM_LEVELS if isa.name in wanted]
 
     def link(self, sources: Sequence[Path], objects: Sequence[Path], out: Path) -> list[Artifact]:
         """One library per flavour, and the static runner."""

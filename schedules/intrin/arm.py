@@ -182,6 +182,20 @@ def scheduled_for(isa: ArmNeon, mcpu: str) -> ArmNeon:
     return scheduled
 
 
+# Cores that issue in the order of the program: LLVM's generic model spreads loads for them, where
+# the models of large cores keep values in registers and leave the order to the hardware.
+IN_ORDER = frozenset({"cortex-a53", "cortex-a55", "cortex-a510", "cortex-a520"})
+
+
+def scheduling_model(mcpu: str) -> str:
+    """The model that gives the fastest int4 products on a core (docs/targets/arm-cpu.md).
+
+    For every large core it is Neoverse V2's: fewest spills, and most products per cycle in the
+    models of Neoverse N2, V1 and V2 alike.
+    """
+    return "generic" if mcpu in IN_ORDER else "neoverse-v2"
+
+
 @functools.cache
 def _known_cpus() -> frozenset[str]:
     plain = Target({"kind": "llvm", "mtriple": TRIPLE})
