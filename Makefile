@@ -16,6 +16,9 @@ INSTALLED := .venv/.installed
 endif
 LLAMAC := $(dir $(PYTHON))llamac
 
+# What `make devices` fetches; tests look here.
+export LLAMAC_DEVICES ?= $(abspath build/devices)
+
 DEMO_MODEL := examples/tiny-llama/spinquant
 DEMO_BUNDLE := bundles/tiny-llama-host
 DEMO_PROMPT := Tell me a story about a fox.
@@ -37,6 +40,10 @@ demo: $(INSTALLED) ## Compile the tiny model for this machine and print text, ev
 	$(LLAMAC) compile $(DEMO_MODEL) --target host -o $(DEMO_BUNDLE) --force
 	$(LLAMAC) inspect $(DEMO_BUNDLE)
 	$(LLAMAC) run $(DEMO_BUNDLE) "$(DEMO_PROMPT)" --max-tokens 200
+
+.PHONY: devices
+devices: $(INSTALLED) ## Fetch what tests of Arm CPUs run on (arm64 Python, a QEMU with SME)
+	$(PYTHON) -m llamac.tools.device_roots --output "$(LLAMAC_DEVICES)"
 
 .PHONY: test
 test: $(INSTALLED) ## Run the fast tests

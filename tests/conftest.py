@@ -44,6 +44,30 @@ def checkout() -> Path:
     return ROOT
 
 
+@pytest.fixture(scope="session")
+def devices() -> Path:
+    """The folder in which `make devices` leaves what tests of other processors run on."""
+    return Path(os.environ.get("LLAMAC_DEVICES") or ROOT / "build" / "devices")
+
+
+@pytest.fixture(scope="session")
+def sme_emulator(devices: Path) -> Path:
+    """A qemu-aarch64 that computes SME rightly; skips the test without one.
+
+    It loads no plug-ins: Debian links it statically.
+    """
+    from llamac.targets.emulator import FIRST_VERSION_WITH_SME, PROGRAMS  # noqa: PLC0415
+    from llamac.tools.device_roots import QEMU_PROGRAM, qemu_version  # noqa: PLC0415
+
+    given = os.environ.get("LLAMAC_QEMU_SME")
+    for program in [given] if given else [devices / "qemu" / QEMU_PROGRAM, *PROGRAMS]:
+        path = shutil.which(program)
+        if path and qemu_version(path) >= FIRST_VERSION_WITH_SME:
+            return Path(path)
+    wanted = f"qemu-aarch64 of version {FIRST_VERSION_WITH_SME[0]} or newer"
+    pytest.skip(f"no {wanted}: make devices, or set LLAMAC_QEMU_SME")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test whose programs are missing."""
     for mark in item.iter_markers("needs"):
