@@ -11,7 +11,7 @@ import hashlib
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llamac.runtime.errors import DeviceError, ToolchainMissing
@@ -78,6 +78,27 @@ def counter_plugin() -> Path:
     return out
 
 
+def counting(emulator: Emulator, out: Path) -> Emulator:
+    """The same emulator, which writes the counts of every region of what it runs into a file.
+
+    Args:
+        emulator: it must load plug-ins.
+        out: complete when the program has ended by itself.
+
+    Raises:
+        ToolchainMissing: the emulator has no plug-ins.
+        BuildFailed, ToolchainMissing: the plug-in cannot be built.
+    """
+    if not emulator.has_plugins:
+        raise ToolchainMissing(
+            f"{Path(emulator.program).name} {'.'.join(map(str, emulator.version))} has no plug-ins",
+            cause="it was built without -plugin, as static builds of QEMU are",
+            fix="use the dynamic build (Debian 12: qemu-user), by LLAMAC_QEMU if it is not first",
+        )
+    plugin, file = (str(path).replace(",", ",,") for path in (counter_plugin(), out))
+    return replace(emulator, plugin=f"{plugin},out={file}")
+
+
 def count_instructions(
     emulator: Emulator, program: Sequence[str | Path], stdin: bytes = b""
 ) -> tuple[bytes, list[Counts]]:
@@ -95,10 +116,9 @@ def count_instructions(
         ToolchainMissing: the emulator has no plug-ins.
         DeviceError: the program failed.
     """
-    check_plugins(emulator)
     with tempfile.TemporaryDirectory(prefix="llamac-count-") as folder:
         out = Path(folder) / "counts"
-        command = emulator.command(*program, plugin=f"{counter_plugin()},out={out}")
+        command = counting(emulator, out).command(*program)
         done = subprocess.run(command, input=stdin, capture_output=True, check=False)
         if done.returncode != 0:
             raise DeviceError(
@@ -107,16 +127,6 @@ def count_instructions(
                 fix="run it without counting; if that works, report it",
             )
         return done.stdout, read_counts(out)
-
-
-def check_plugins(emulator: Emulator) -> None:
-    """Raise ToolchainMissing if an emulator cannot load plug-ins."""
-    if not emulator.has_plugins:
-        raise ToolchainMissing(
-            f"{Path(emulator.program).name} {'.'.join(map(str, emulator.version))} has no plug-ins",
-            cause="it was built without -plugin, as static builds of QEMU are",
-            fix="use the dynamic build (Debian 12: qemu-user), by LLAMAC_QEMU if it is not first",
-        )
 
 
 def read_counts(path: Path) -> list[Counts]:

@@ -50,12 +50,14 @@ class Emulator:
         version: of QEMU, (7, 2, 22).
         cpu: model and properties as QEMU's -cpu takes them.
         has_plugins: whether it loads plug-ins, which counting instructions needs.
+        plugin: path of the plug-in that every program is run with, and its arguments; "" is none.
     """
 
     program: str
     version: tuple[int, ...]
     cpu: str
     has_plugins: bool
+    plugin: str = ""
 
     @property
     def description(self) -> str:
@@ -63,14 +65,9 @@ class Emulator:
         version = ".".join(map(str, self.version))
         return f"{Path(self.program).name} {version}, CPU model {self.cpu}"
 
-    def command(self, *program: str | Path, plugin: str = "") -> list[str]:
-        """Return the command that runs a static program with its arguments.
-
-        Args:
-            program: path and arguments.
-            plugin: what QEMU's -plugin takes; "" loads none.
-        """
-        plugins = ("-plugin", plugin) if plugin else ()
+    def command(self, *program: str | Path) -> list[str]:
+        """Return the command that runs a static program with its arguments."""
+        plugins = ("-plugin", self.plugin) if self.plugin else ()
         return [self.program, "-cpu", self.cpu, *plugins, *map(str, program)]
 
     def check(self, bundle: Path, manifest: Manifest) -> None:

@@ -72,7 +72,7 @@ def _main_object(folder: Path) -> Path:
             include_dirs=[SOURCES],
             out=out,
             target=STATIC_TARGET,
-            cflags=["-c"],
+            cflags=["-c", "-DLLAMAC_MARK_KERNELS"],
         )
     return out
 

@@ -15,6 +15,7 @@
  * Nothing is allocated or built while walking: tensors and arguments are prepared once.
  */
 #include "internal.h"
+#include "kernel_marks.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -163,8 +164,11 @@ static bool call_kernel(llamac_executor *executor, int32_t thread, uint32_t i) {
   TVMFFIAny result = {.type_index = LLAMAC_FFI_NONE};
   const TVMFFIAny *range = arguments + step->num_operands;
   if (range[0].v_int64 == range[1].v_int64) return true; /* fewer items than threads */
-  if (executor->level->kernels[step->kernel](NULL, arguments, step->num_operands + 2, &result) == 0)
-    return true;
+  llamac_kernel kernel = executor->level->kernels[step->kernel];
+  llamac_mark_begin();
+  int32_t status = kernel(NULL, arguments, step->num_operands + 2, &result);
+  llamac_mark_end();
+  if (status == 0) return true;
   record_failure(executor, i);
   return false;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def test_an_emulator_says_what_it_is(fake_qemu: Callable[..., Path]) -> None:
     assert emulator == Emulator(str(path), (10, 0, 2), "max", has_plugins=True)
     assert emulator.description == "qemu-aarch64 10.0.2, CPU model max"
     assert emulator.command("a", "--b") == [str(path), "-cpu", "max", "a", "--b"]
-    assert emulator.command("a", plugin="c.so,out=d")[3:] == ["-plugin", "c.so,out=d", "a"]
+    counting = replace(emulator, plugin="c.so,out=d")
+    assert counting.command("a")[3:] == ["-plugin", "c.so,out=d", "a"]
 
 
 def test_an_old_emulator_does_not_offer_what_it_computes_wrongly(

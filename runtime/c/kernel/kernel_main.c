@@ -5,13 +5,14 @@
  * It is linked with the object file of the kernel `__tvm_ffi_kernel` and is what tests, counting and
  * tuning run in an emulator or on a device. Input, little endian: a kernel_call, then a
  * kernel_tensor for each tensor, then the bytes of all tensors, each aligned to 64 bytes within this
- * part. Output: the bytes of the same part after the call. On AArch64 two instructions without
- * effect mark the beginning and the end of the call, for plug-ins that count.
+ * part. Output: the bytes of the same part after the call. Compiled with LLAMAC_MARK_KERNELS, the
+ * beginning and the end of the call are marked for plug-ins that count.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernel_marks.h"
 #include "program.h"
 
 enum { MAX_TENSORS = 24, MAX_DIMS = 4, ALIGNMENT = 64 };
@@ -49,14 +50,10 @@ static void read_exactly(void *place, size_t bytes) {
   if (fread(place, 1, bytes, stdin) != bytes) die("the input ends too early");
 }
 
-static inline int32_t call(const TVMFFIAny *args, int32_t num_args, TVMFFIAny *result) {
-#if defined(__aarch64__)
-  __asm__ volatile("orr x10, x10, x10" ::: "memory");
-#endif
+static int32_t call(const TVMFFIAny *args, int32_t num_args, TVMFFIAny *result) {
+  llamac_mark_begin();
   int32_t status = __tvm_ffi_kernel(NULL, args, num_args, result);
-#if defined(__aarch64__)
-  __asm__ volatile("orr x11, x11, x11" ::: "memory");
-#endif
+  llamac_mark_end();
   return status;
 }
 
