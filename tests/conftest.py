@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Generator
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+LAYERS = ("runtime", "schedules", "targets", "compiler", "tools")
+BUILD = "import sys, setuptools.build_meta as b; getattr(b, 'build_' + sys.argv[1])(sys.argv[2])"
 ALLOWED_SKIPS = ("shared data", "this CPU", "outside a checkout")
 
 
@@ -42,6 +46,77 @@ def checkout() -> Path:
     if not (ROOT / "src" / "llamac").is_dir():
         pytest.skip("outside a checkout: the tests run beside an installed wheel")
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., str]:
+    """Run Python outside the checkout; returns what it wrote. `path` comes first in its search."""
+
+    def run(*arguments: str, cwd: Path, path: Sequence[Path] = ()) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=cwd,
+            env=dict(os.environ) | {"PYTHONPATH": os.pathsep.join(map(str, path))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def sources(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a clone has: builds must neither use nor leave anything in the checkout."""
+    copy = tmp_path_factory.mktemp("clone") / "llamac"
+    copy.mkdir()
+    for name in ("src", *LAYERS):
+        shutil.copytree(
+            checkout / name,
+            copy / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"),
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(checkout / name, copy)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def build(python: Callable[..., str]) -> Callable[[str, Path, Path], Path]:
+    """Build "wheel" or "sdist" from a folder into a new one, without network; gives the file."""
+
+    def run(kind: str, sources: Path, out: Path) -> Path:
+        out.mkdir()
+        python("-c", BUILD, kind, str(out), cwd=sources)
+        [file] = out.iterdir()
+        return file
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def wheel(
+    sources: Path,
+    build: Callable[[str, Path, Path], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The wheel of a fresh clone."""
+    return build("wheel", sources, tmp_path_factory.mktemp("wheel") / "out")
+
+
+@pytest.fixture(scope="session")
+def installed_wheel(
+    wheel: Path, python: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder into which pip installed the wheel, alone."""
+    site = tmp_path_factory.mktemp("installed") / "site"
+    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target")
+    python(*install, str(site), str(wheel), cwd=site.parent)
+    return site
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,52 +12,19 @@ import pytest
 LAYERS = ("runtime", "schedules", "targets", "compiler", "tools")
 DATA_SUFFIXES = {".py", ".typed", ".toml", ".json", ".jsonl", ".c", ".h"}
 
-BUILD = "import sys, setuptools.build_meta as b; getattr(b, 'build_' + sys.argv[1])(sys.argv[2])"
-
-
-def python(*arguments: str, cwd: Path, path: Sequence[Path] = ()) -> str:
-    """Run Python outside the checkout; `path` comes first in its search."""
-    environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(map(str, path))}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
 
 @pytest.mark.parametrize("name", [*LAYERS, "src"])
-def test_no_generic_name_becomes_importable(name: str, tmp_path: Path) -> None:
+def test_no_generic_name_becomes_importable(
+    name: str, python: Callable[..., str], tmp_path: Path
+) -> None:
     """Installing llamac adds the name llamac and no other."""
     program = f"import importlib.util; print(importlib.util.find_spec({name!r}))"
     assert python("-c", program, cwd=tmp_path) == "None\n"
 
 
-def test_llamac_is_importable_anywhere(tmp_path: Path) -> None:
+def test_llamac_is_importable_anywhere(python: Callable[..., str], tmp_path: Path) -> None:
     """The counterpart: the test above would also pass without any installation."""
     assert python("-c", "import llamac.runtime; print(1)", cwd=tmp_path) == "1\n"
-
-
-@pytest.fixture(scope="module")
-def sources(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a clone has: builds must neither use nor leave anything in the checkout."""
-    copy = tmp_path_factory.mktemp("clone") / "llamac"
-    copy.mkdir()
-    for name in ("src", *LAYERS):
-        shutil.copytree(
-            checkout / name,
-            copy / name,
-            symlinks=True,
-            ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"),
-        )
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(checkout / name, copy)
-    return copy
 
 
 def expected_files(checkout: Path) -> set[str]:
@@ -80,20 +43,6 @@ def wheel_files(wheel: Path) -> dict[str, int]:
         return {f.filename: f.CRC for f in archive.infolist() if ".dist-info/" not in f.filename}
 
 
-def build(kind: str, sources: Path, out: Path) -> Path:
-    """Build "wheel" or "sdist" from a folder, without network; return the file."""
-    out.mkdir()
-    python("-c", BUILD, kind, str(out), cwd=sources)
-    [file] = out.iterdir()
-    return file
-
-
-@pytest.fixture(scope="module")
-def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a fresh clone."""
-    return build("wheel", sources, tmp_path_factory.mktemp("wheel") / "out")
-
-
 @pytest.mark.slow
 def test_the_wheel_has_every_file(wheel: Path, checkout: Path) -> None:
     """Every module, SoC file and C file, and nothing else."""
@@ -102,7 +51,7 @@ def test_the_wheel_has_every_file(wheel: Path, checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_the_wheel_made_from_the_sdist_is_the_same(
-    wheel: Path, sources: Path, tmp_path: Path
+    wheel: Path, sources: Path, build: Callable[[str, Path, Path], Path], tmp_path: Path
 ) -> None:
     """The links of the checkout became files in the sdist, and none was lost on the way."""
     sdist = build("sdist", sources, tmp_path / "sdist")
@@ -114,11 +63,10 @@ def test_the_wheel_made_from_the_sdist_is_the_same(
 
 
 @pytest.mark.slow
-def test_the_installed_wheel_works_alone(wheel: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_works_alone(
+    installed_wheel: Path, python: Callable[..., str], tmp_path: Path
+) -> None:
     """Installed into an empty folder it is what Python imports, data and entry points included."""
-    site = tmp_path / "site"
-    python("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site),
-           str(wheel), cwd=tmp_path)  # fmt: skip
     program = """
 import llamac, llamac.compiler, llamac.runtime, llamac.schedules, llamac.targets, llamac.tools
 from importlib.metadata import version
@@ -128,9 +76,10 @@ assert load_soc("host").arch == "x86_64" and "sm8650" in soc_files()
 assert "x86-cpu" in target_names()
 print(llamac.__file__)
 """
-    assert python("-c", program, cwd=tmp_path, path=[site]).strip().startswith(str(site))
-    help_text = python("-m", "llamac.tools.cli", "--help", cwd=tmp_path, path=[site])
+    package = python("-c", program, cwd=tmp_path, path=[installed_wheel])
+    assert package.startswith(str(installed_wheel))
+    help_text = python("-m", "llamac.tools.cli", "--help", cwd=tmp_path, path=[installed_wheel])
     assert "usage: llamac" in help_text
     for name in LAYERS:
         spec = f"import importlib.util; print(importlib.util.find_spec({name!r}))"
-        assert python("-c", spec, cwd=tmp_path, path=[site]) == "None\n"
+        assert python("-c", spec, cwd=tmp_path, path=[installed_wheel]) == "None\n"

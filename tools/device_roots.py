@@ -193,9 +193,9 @@ def _install_wheels(requirements: Sequence[str], site: Path) -> None:
 
 
 def _check_python(folder: Path) -> str:
-    """Import what has machine code in it."""
+    """Import what has machine code in it, which also leaves the modules compiled."""
     command = python_command(folder)
-    versions = run_tool("env", f"PYTHONPATH={folder / 'site'}", *command, "-B", "-c", PYTHON_CHECK)
+    versions = run_tool("env", f"PYTHONPATH={folder / 'site'}", *command, "-c", PYTHON_CHECK)
     numpy, tiktoken = versions.split()
     return f"Python {PYTHON_VERSION}, numpy {numpy}, tiktoken {tiktoken}"
 

@@ -24,6 +24,7 @@ from llamac.tools.cli import main
 from llamac.tools.doctor import CPUINFO, cpu_flags
 from llamac.tools.llama2c import to_meta
 
+ARM_LEVELS = ("i8mm", "dotprod", "neon")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -94,6 +95,24 @@ def compiled(one_level: str, tmp_path_factory: pytest.TempPathFactory) -> Callab
         return made[key]
 
     return compile_once
+
+
+@pytest.fixture(scope="session")
+def all_levels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a SoC file with every Arm level."""
+    path = tmp_path_factory.mktemp("soc") / "all-levels.toml"
+    text = soc_files()["rpi5"].read_text("utf-8")
+    for name in ARM_LEVELS:
+        text += f'\n[[levels]]\nname = "{name}"\nfeatures = []\n'
+    path.write_text(text)
+    assert len(load_soc(path).levels) == len(ARM_LEVELS)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def arm_bundle(compiled: Callable[..., Path], all_levels: str, tiny: Path) -> Callable[[str], Path]:
+    """The Arm bundle of a form of the tiny model; compiling it verifies its best level."""
+    return lambda form: compiled(tiny / form, target=all_levels)
 
 
 @pytest.fixture

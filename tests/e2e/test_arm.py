@@ -13,7 +13,6 @@ from llamac.runtime import load
 from llamac.runtime.errors import CpuUnsupported
 from llamac.runtime.manifest import read_manifest
 from llamac.targets.emulator import find_emulator
-from llamac.targets.soc import load_soc, soc_files
 
 pytestmark = pytest.mark.needs("qemu-aarch64")
 
@@ -30,25 +29,6 @@ CPUS = {
     "max,sve=off,sme=off": "i8mm",
     "max,sme=off,sve-default-vector-length=16": "i8mm",
 }
-ALL_LEVELS = ("i8mm", "dotprod", "neon")
-
-
-@pytest.fixture(scope="session")
-def all_levels(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Path of a SoC file with every Arm level."""
-    path = tmp_path_factory.mktemp("soc") / "all-levels.toml"
-    text = soc_files()["rpi5"].read_text("utf-8")
-    for name in ALL_LEVELS:
-        text += f'\n[[levels]]\nname = "{name}"\nfeatures = []\n'
-    path.write_text(text)
-    assert len(load_soc(path).levels) == len(ALL_LEVELS)
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def arm_bundle(compiled: Callable[..., Path], all_levels: str, tiny: Path) -> Callable[[str], Path]:
-    """The Arm bundle of a form of the tiny model; compiling it verifies its best level."""
-    return lambda form: compiled(tiny / form, target=all_levels)
 
 
 def greedy(bundle: Path, cpu: str | None) -> tuple[str, list[int], list[np.ndarray]]:
