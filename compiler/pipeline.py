@@ -53,7 +53,7 @@ from llamac.runtime.manifest import (
 )
 from llamac.targets.base import Artifact, Identity, Lowered, LowerOptions, Target
 from llamac.targets.program import Program
-from llamac.targets.registry import load_target
+from llamac.targets.registry import make_target
 from llamac.targets.soc import load_soc
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def _find_target(config: CompileConfig) -> Target:
             cause="placing parts of a model on other processors needs their plug-ins",
             fix="leave --processors at cpu",
         )
-    target = load_target(plugins["cpu"])(soc)
+    target = make_target(plugins["cpu"], soc)
     _check_dtypes(config, target)
     return target
 

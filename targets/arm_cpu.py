@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from llamac.schedules.intrin.isa import Isa
 
 ALWAYS = frozenset({"neon", "dotprod"})
-# SVE is not among them: the vectors of phones have 128 bits, where NEON is as fast.
 IF_PRESENT = frozenset({"i8mm", "sme"})
+# Phones that show SVE have vectors of 128 bits, for which NEON is as fast.
+IF_LISTED = frozenset({"sve"})
 
 
 class ArmCpu(CpuTarget):
@@ -29,6 +30,8 @@ class ArmCpu(CpuTarget):
     name: ClassVar[str] = "arm-cpu"
     feature_prefix: ClassVar[str] = "LLAMAC_ARM_"
     emulated_by: ClassVar[str] = "qemu-aarch64"
+    systems: ClassVar[tuple[str, ...]] = ("linux", "android")
+    known_levels: ClassVar[frozenset[str]] = ALWAYS | IF_PRESENT | IF_LISTED
     flavours: ClassVar[tuple[str, ...]] = ("android", "glibc", "musl")
 
     def tvm_target(self, level: str = "") -> dict[str, Any]:
@@ -48,7 +51,7 @@ class ArmCpu(CpuTarget):
             wanted = {level.name for level in self.soc.levels}
         else:
             features = {feature for cluster in self.soc.clusters for feature in cluster.features}
-            wanted = ALWAYS | (IF_PRESENT & features)
+            wanted = {*ALWAYS, *(IF_PRESENT & features)}
         model = scheduling_model(self.soc.clusters[0].mcpu)
         return [scheduled_for(isa, model) for isa in ARM_LEVELS if isa.name in wanted]
 

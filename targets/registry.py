@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 from importlib.metadata import EntryPoint, entry_points
 
-from llamac.runtime.errors import TargetUnknown
+from llamac.runtime.errors import TargetUnknown, ToolchainMissing
 from llamac.targets.base import API_VERSION, Target
+from llamac.targets.soc import SoC
 
 GROUP = "llamac.targets"
 
@@ -57,6 +58,20 @@ def load_target(name: str) -> type[Target]:
             fix="install what it needs, or uninstall it",
         ) from error
     return _checked(found, entry)
+
+
+def make_target(name: str, soc: SoC) -> Target:
+    """Load a plug-in and make it for a SoC that this machine can compile for.
+
+    Raises:
+        TargetUnknown: the plug-in cannot be used, or does not serve the SoC.
+        SocInvalid: the SoC file asks for what the plug-in does not have.
+        ToolchainMissing: this machine lacks something, the first thing is named.
+    """
+    target = load_target(name)(soc)
+    for missing in target.check():
+        raise ToolchainMissing(f"{name} lacks {missing.what}", cause=missing.why, fix=missing.fix)
+    return target
 
 
 def _plugins() -> dict[str, list[EntryPoint]]:

@@ -31,6 +31,14 @@ FEATURES = {
 }
 """CPU features a SoC file may name, per architecture: LLVM's words, but "fp16" for "fullfp16"."""
 
+SYSTEMS = {
+    "linux": "linux-gnu",
+    "android": "linux-gnu",
+    "macos": "apple-macosx",
+    "ios": "apple-ios",
+}
+"""Operating systems a SoC file may name, with the end of LLVM's triple for their code."""
+
 _LLVM_FEATURE = {"fp16": "fullfp16"}
 _SOURCES = ("sourced: ", "knowledge, not verified")
 _BUILT_IN = Path(__file__).parent / "soc"
@@ -160,7 +168,8 @@ class SoC:
         marketing_name: what the box of a phone says.
         vendor: who makes it.
         arch: "x86_64" or "aarch64".
-        os: operating systems that bundles are made for.
+        os: operating systems that run on it; bundles are made for those that the plug-in builds
+            for, and a SoC that has none of them is data only.
         processors: in order of preference; a model's operations go to the first that takes them.
         cpu_sources: where the figures of the clusters come from.
         clusters: CPU cores, fastest first.
@@ -173,7 +182,7 @@ class SoC:
     marketing_name: str
     vendor: str
     arch: str = field(metadata=_choice("x86_64", "aarch64"))
-    os: tuple[str, ...] = field(metadata=_choice("linux", "android"))
+    os: tuple[str, ...] = field(metadata=_choice(*SYSTEMS))
     cpu_sources: tuple[str, ...] = field(metadata=_IS_SOURCE)
     processors: tuple[Processor, ...]
     clusters: tuple[Cluster, ...]
@@ -215,7 +224,7 @@ def cpu_tvm_target(soc: SoC) -> dict[str, Any]:
     target = {
         "kind": "llvm",
         "keys": ["arm_cpu", "cpu"] if soc.arch == "aarch64" else ["cpu"],
-        "mtriple": f"{soc.arch}-linux-gnu",
+        "mtriple": f"{soc.arch}-{SYSTEMS[soc.os[0]]}",
         "mcpu": soc.clusters[0].mcpu,
         "mattr": mattr,
     }
@@ -288,6 +297,9 @@ def _check_whole(soc: SoC, path: Path) -> None:
             if unknown:
                 expected = "only " + ", ".join(sorted(FEATURES[soc.arch]))
                 raise _invalid(path, f"{key}[{index}].features", expected, sorted(unknown))
+    names = [level.name for level in soc.levels]
+    if len(set(names)) != len(names):
+        raise _invalid(path, "levels", "each name once", names)
     kinds = [processor.kind for processor in soc.processors]
     if len(set(kinds)) != len(kinds):
         raise _invalid(path, "processors", "each kind once", kinds)
@@ -332,7 +344,7 @@ def _read_value(hint: Any, value: object, rule: Any, path: Path, key: str) -> An
             raise _invalid(path, key, "a list", value)
         item = get_args(hint)[0]
         read = [_read_value(item, v, rule, path, f"{key}[{i}]") for i, v in enumerate(value)]
-        if not read and item in _TYPES:
+        if not read and (rule or item in _TYPES):
             raise _invalid(path, key, "at least one entry", "none")
         return tuple(read)
     if hint in _TYPES:

@@ -19,6 +19,8 @@ class X86Cpu(CpuTarget):
     # glibc 2.34 merged libpthread into libc, so the library needs libc and libm only.
     zig_target: ClassVar[str] = "x86_64-linux-gnu.2.34"
 
+    known_levels: ClassVar[frozenset[str]] = frozenset({"avx512vnni", "avxvnni", "avx2", "x86-64"})
+
     def tvm_target(self, level: str = "") -> dict[str, Any]:
         """TVM target of a level; the best one by default."""
         isas = self.isas()

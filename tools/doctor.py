@@ -9,12 +9,13 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
 from llamac.runtime.errors import LlamacError
+from llamac.targets.base import Missing
 from llamac.targets.toolchain import cache_folder
 from llamac.tools.console import Row, Subparsers, format_bytes, print_json, print_rows
 
@@ -297,14 +298,19 @@ def _examine_plugin(name: str, origin: str, status_if_missing: str) -> Iterator[
     def serves(soc: SoC) -> bool:
         return any(processor.plugin == name for processor in soc.processors)
 
+    missing: Sequence[Missing] = ()
+    served: list[SoC] = []
     try:
         plugin = load_target(name)
-        soc = next(filter(serves, map(load_soc, ["host", *soc_files()])), None)
-        missing = plugin(soc).check() if soc else ()
+        for soc in filter(serves, map(load_soc, ["host", *soc_files()])):
+            served.append(soc)
+            missing = plugin(soc).check()
+            if not missing:  # no other SoC matters: Apple's, for example, are data only
+                break
     except LlamacError as error:
         yield Finding(what, status_if_missing, f"{error.message}: {error.cause}", why, error.fix)
         return
     for lack in missing:
         yield Finding(what, status_if_missing, f"lacks {lack.what}", lack.why, lack.fix)
     if not missing:
-        yield Finding(what, OK, f"{origin}, ready" if soc else f"{origin}, no SoC names it", why)
+        yield Finding(what, OK, f"{origin}, ready" if served else f"{origin}, no SoC names it", why)

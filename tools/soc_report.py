@@ -21,6 +21,7 @@ MODELS = {"1B": LLAMA_3_2_1B, "3B": LLAMA_3_2_3B}
 LIST_HEADER = ("name", "SoC", "processors", "CPU features", "GB/s", " / ".join(MODELS))
 GROUP_SIZE = 32
 UNKNOWN = "unknown"
+BASE_FEATURES = "base features"
 
 
 def weight_bytes_per_token(config: LlamaConfig) -> int:
@@ -126,7 +127,7 @@ def list_row(soc: SoC) -> Row:
         soc.name,
         soc.marketing_name,
         " ".join(p.kind + ("" if p.plugin in installed else "*") for p in soc.processors),
-        " ".join(level.name for level in soc.levels) or " ".join(soc.features),
+        " ".join(level.name for level in soc.levels) or " ".join(soc.features) or BASE_FEATURES,
         bandwidth,
         " / ".join(f"{tokens:.1f}" for tokens in rooflines(soc).values()) or UNKNOWN,
     )
@@ -172,7 +173,7 @@ def _cluster_text(cluster: Cluster) -> str:
         ("L2 {} KiB", cluster.l2_kib),
     )
     known = [text.format(figure) for text, figure in figures if figure is not None]
-    return ", ".join([cluster.role, *known, " ".join(cluster.features) or "base features"])
+    return ", ".join([cluster.role, *known, " ".join(cluster.features) or BASE_FEATURES])
 
 
 def _memory_rows(soc: SoC) -> list[Row]:

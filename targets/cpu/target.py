@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llamac.targets import soc
+from llamac.runtime.errors import SocInvalid, ToolchainMissing
 from llamac.targets.base import (
     Artifact,
     Identity,
@@ -19,6 +19,8 @@ from llamac.targets.base import (
     WeightReader,
 )
 from llamac.targets.program import Pack
+from llamac.targets.soc import Level as SocLevel
+from llamac.targets.soc import SoC
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,6 +38,12 @@ class CpuTarget(Target):
     """A CPU: our kernels, one object per feature level, and the C support library.
 
     A subclass names its levels and the words in which its C sources know features and the system.
+
+    Attributes:
+        feature_prefix: begins the names of CPU features in the C sources.
+        zig_target: what the library is linked for.
+        systems: operating systems that it links libraries for.
+        known_levels: names of levels that a SoC file may list; empty: any.
     """
 
     processor: ClassVar[str] = "cpu"
@@ -43,25 +51,49 @@ class CpuTarget(Target):
     kv_dtypes: ClassVar[tuple[str, ...]] = ("float16", "int8")
     feature_prefix: ClassVar[str]
     zig_target: ClassVar[str]
+    systems: ClassVar[tuple[str, ...]] = ("linux",)
+    known_levels: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, soc: SoC) -> None:
+        super().__init__(soc)
+        for index, level in enumerate(soc.levels):
+            if self.known_levels and level.name not in self.known_levels:
+                raise SocInvalid(
+                    f"{soc.name}: levels[{index}].name: expected one of "
+                    f"{', '.join(sorted(self.known_levels))}, found {level.name!r}",
+                    cause=f"the plug-in {self.name} has no kernels for a level of that name",
+                    fix="correct the name in the SoC file, or leave the level out",
+                )
 
     @abstractmethod
     def isas(self) -> Sequence[Isa]:
         """Instruction sets of the levels of this SoC, best first."""
 
-    def levels(self) -> Sequence[soc.Level]:
+    def levels(self) -> Sequence[SocLevel]:
         """The levels by name and features."""
-        return [soc.Level(name=isa.name, features=isa.features) for isa in self.isas()]
+        return [SocLevel(name=isa.name, features=isa.features) for isa in self.isas()]
 
     def check(self) -> Sequence[Missing]:
-        """A C compiler that can link for the target."""
-        from llamac.runtime.errors import ToolchainMissing  # noqa: PLC0415
+        """A system that libraries are linked for, and a C compiler that can do it."""
         from llamac.targets.toolchain import find_toolchain  # noqa: PLC0415
 
+        if not set(self.systems) & set(self.soc.os):
+            return (self._no_flavour(),)
         try:
             find_toolchain()
         except ToolchainMissing as error:
-            return (Missing(what=error.message, why=error.cause, fix=error.fix),)
+            return (Missing(what="a C compiler", why=error.cause, fix=error.fix),)
         return ()
+
+    def _no_flavour(self) -> Missing:
+        """Why a SoC is data only; libraries of Apple's systems are Mach-O and need their SDK."""
+        here, there = " and ".join(self.systems), " and ".join(self.soc.os)
+        return Missing(
+            what=f"a library flavour for {there}",
+            why=f"it links libraries for {here} alone, so that the SoC file of {self.soc.name} "
+            "is data: its figures and the roofline of `llamac targets`",
+            fix=f"choose a SoC that runs {' or '.join(self.systems)} (`llamac targets`)",
+        )
 
     def lower(self, mod: IRModule, options: LowerOptions) -> Lowered:
         """Choose kernels, and plan the places of all tensors."""

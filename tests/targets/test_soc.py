@@ -14,13 +14,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamac.runtime.errors import SocInvalid, SocUnknown
+from llamac.runtime.errors import SocInvalid, SocUnknown, ToolchainMissing
+from llamac.schedules.intrin.arm import ARM_LEVELS
 from llamac.schedules.intrin.x86 import X86_LEVELS
-from llamac.targets.registry import PLANNED, target_names
+from llamac.targets.arm_cpu import ArmCpu
+from llamac.targets.registry import PLANNED, load_target, make_target, target_names
 from llamac.targets.soc import FEATURES, SoC, cpu_tvm_target, load_soc, soc_files
+from llamac.targets.x86_cpu import X86Cpu
 
 PHONES = "sm8350 sm8450 sm8550 sm8650 sm8750 sm8850 mt6983 mt6985 mt6989 mt6991 mt6993 mt6897"
-ALL = ["host", "rpi5", "qcs6490", "genio1200", *PHONES.split()]
+BOARDS = "host rpi5 qcs6490 genio1200 graviton3 armv8 armv8-dotprod"
+APPLE = "apple-m1 apple-m4 apple-a17-pro"
+ALL = [*BOARDS.split(), *PHONES.split(), *APPLE.split()]
 
 VALID: dict[str, Any] = {
     "part": "P1",
@@ -90,6 +95,58 @@ def test_host_levels_are_those_of_the_kernels() -> None:
     assert said == [(isa.name, sorted(isa.features)) for isa in X86_LEVELS]
 
 
+def test_arm_levels_of_files_are_those_of_the_kernels() -> None:
+    """A level that a file lists has the features that its kernels are generated for."""
+    features = {isa.name: sorted(isa.features) for isa in ARM_LEVELS}
+    levels = [level for name in ALL if name != "host" for level in load_soc(name).levels]
+    assert levels
+    for level in levels:
+        assert sorted(level.features) == features.get(level.name, sorted(level.features))
+
+
+def test_plugins_know_the_levels_that_they_have_kernels_for() -> None:
+    """The names are in the plug-ins, where they are compared without importing TVM."""
+    assert {isa.name for isa in X86_LEVELS} == X86Cpu.known_levels
+    assert {isa.name for isa in ARM_LEVELS} <= ArmCpu.known_levels
+
+
+@pytest.mark.parametrize(("name", "plugin"), [("host", "x86-cpu"), ("graviton3", "arm-cpu")])
+def test_a_misspelt_level_is_named_with_those_that_there_are(
+    name: str, plugin: str, tmp_path: Path
+) -> None:
+    """It is not dropped silently, for the library would lack its best kernels."""
+    text = Path(soc_files()[name]).read_text("utf-8")
+    first = load_soc(name).levels[0].name
+    path = tmp_path / "board.toml"
+    path.write_text(text.replace(f'"{first}"\n', f'"{first}x"\n', 1), "utf-8")
+    known = {"x86-cpu": X86Cpu, "arm-cpu": ArmCpu}[plugin].known_levels
+    with pytest.raises(SocInvalid) as caught:
+        load_target(plugin)(load_soc(path))
+    expected = f"board: levels[0].name: expected one of {', '.join(sorted(known))}"
+    assert expected in caught.value.message
+    assert f"found '{first}x'" in caught.value.message
+    assert plugin in caught.value.cause
+
+
+@pytest.mark.parametrize("name", APPLE.split())
+def test_apples_chips_are_data(name: str) -> None:
+    """No library can be made for them, which is said before any work; the roofline is known."""
+    soc = load_soc(name)
+    assert soc.memory is not None
+    assert soc.memory.bandwidth_gb_s is not None
+    [missing] = ArmCpu(soc).check()
+    assert missing.what == f"a library flavour for {soc.os[0]}"
+    with pytest.raises(ToolchainMissing, match="arm-cpu lacks a library flavour for") as caught:
+        make_target("arm-cpu", soc)
+    assert f"the SoC file of {name} is data" in caught.value.cause
+    assert "linux or android" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", sorted({*ALL} - {*APPLE.split(), "host"}))
+def test_the_arm_plugin_serves_every_other_arm_soc(name: str) -> None:
+    assert make_target("arm-cpu", load_soc(name)).soc.name == name
+
+
 @pytest.mark.parametrize(
     ("name", "gb_s", "is_sourced"),
     [
@@ -100,6 +157,9 @@ def test_host_levels_are_those_of_the_kernels() -> None:
         ("mt6991", 85.3, False),
         ("mt6989", 76.8, False),
         ("rpi5", 17.1, True),
+        ("graviton3", 307.2, True),
+        ("apple-m4", 120.0, True),
+        ("apple-m1", 68.3, False),
     ],
 )
 def test_bandwidths_and_whether_they_are_sourced(name: str, gb_s: float, is_sourced: bool) -> None:
@@ -170,7 +230,13 @@ BAD = {
     "a negative figure": (changed("clusters[0].max_ghz", -1.5), ["above 0", "-1.5"]),
     "a fraction of a core": (changed("clusters[0].count", 1.5), ["whole number", "1.5"]),
     "an unknown word": (changed("arch", "mips"), ["arch", "x86_64, aarch64", "'mips'"]),
-    "an unknown word in a list": (changed("os", ["linux", "ios"]), ["os[1]", "'ios'"]),
+    "an unknown word in a list": (changed("os", ["linux", "beos"]), ["os[1]", "'beos'"]),
+    "no system": (changed("os", []), ["os", "at least one"]),
+    "no sources": (changed("cpu_sources", []), ["cpu_sources", "at least one"]),
+    "a level twice": (
+        VALID | {"levels": [{"name": "neon", "features": []}] * 2},
+        ["levels", "each name once"],
+    ),
     "an unknown role": (changed("clusters[0].role", "huge"), ["prime, big, little", "'huge'"]),
     "a feature of another arch": (
         changed("clusters[1].features", ["avx2"]),

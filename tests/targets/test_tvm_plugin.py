@@ -51,11 +51,12 @@ def test_tags_are_there_after_import(site: Path) -> None:
     program = f"""
 import tvm
 {COUNT}
-names = ("sm8650", "rpi5", "mt6993", "host")
+names = ("sm8650", "rpi5", "mt6993", "host", "apple-m4", "armv8")
 targets = {{name: tvm.target.Target(f"llamac/{{name}}-cpu") for name in names}}
 targets["bare"] = tvm.target.Target(
     {{"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-x4"}})
 for name, target in targets.items():
+    assert ("apple" in str(target.attrs["mtriple"])) == ("apple" in name)
     words = ("has_dotprod", "has_matmul_i8", "has_sve", "has_sme")
     print(name, *(int(bool(target.attrs.get(f"feature.{{word}}"))) for word in words))
 """
@@ -65,6 +66,8 @@ for name, target in targets.items():
         "rpi5 1 0 0 0",
         "mt6993 1 1 1 1",
         "host 0 0 0 0",
+        "apple-m4 1 1 0 1",
+        "armv8 0 0 0 0",
         "bare 1 1 1 0",
     ]
 
