@@ -8,6 +8,7 @@ depend on the machine nor on its load; they say nothing about caches and memory.
 from __future__ import annotations
 
 import hashlib
+import platform
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from llamac.targets.emulator import Emulator
 from llamac.targets.toolchain import cache_folder, find_toolchain, link_executable
 
 SOURCE = Path(__file__).parent / "c" / "instruction_counter.c"
-HOST_TARGET = "x86_64-linux-gnu.2.28"
+HOST_TARGET = f"{platform.machine()}-linux-gnu.2.28"
 
 
 @dataclass(frozen=True)

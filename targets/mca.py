@@ -1,93 +1,128 @@
 """What a processor model says of a kernel's hot loop: llvm-mca, where it is installed.
 
-The hot loop is the innermost loop with the most dot products. llvm-mca predicts the cycles of an
+The hot loop is the innermost loop with the most int8 products. llvm-mca predicts the cycles of an
 iteration from a core's pipes, latencies and width. It knows no caches, so its figures are ceilings.
+It does not know the length of vectors either: loops with products of SVE or SME are left out.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# Core models of LLVM 19 by the cores that they stand for.
+from llamac.targets.machine_code import Instruction, find_llvm_tool
+
+# Core models of LLVM 19, by the cores that they stand for.
 MODELS: Mapping[str, str] = {
     "A55": "cortex-a55",
     "A510": "cortex-a510",
-    "A710..X4 (N2)": "neoverse-n2",
+    "N1": "neoverse-n1",
+    "N2": "neoverse-n2",
     "V1": "neoverse-v1",
-    "X925 (V2)": "neoverse-v2",
+    "V2": "neoverse-v2",
     "M1": "apple-m1",
 }
-PROGRAMS = ("llvm-mca-20", "llvm-mca-19", "llvm-mca-18", "llvm-mca-17", "llvm-mca-16", "llvm-mca")
+
+# Phone cores have no models of their own: the server core of the same family stands for them, as
+# in LLVM itself (AArch64Processors.td) but for A76 to X1, to which it gives the model of the A57.
+# The C1 cores follow the X925 and the A725; that their pipes are like those is our assumption.
+CORES: Mapping[str, str] = {
+    "cortex-a55": "A55",
+    "cortex-a510": "A510",
+    "cortex-a520": "A510",
+    "cortex-a76": "N1",
+    "cortex-a77": "N1",
+    "cortex-a78": "N1",
+    "cortex-x1": "V1",
+    "cortex-a710": "N2",
+    "cortex-a715": "N2",
+    "cortex-a720": "N2",
+    "cortex-a725": "N2",
+    "cortex-x2": "N2",
+    "cortex-x3": "N2",
+    "cortex-x4": "N2",
+    "cortex-x925": "V2",
+    "c1-ultra": "V2",
+    "c1-premium": "V2",
+    "c1-pro": "N2",
+    "apple-m1": "M1",
+}
+
 _ITERATIONS = 200
-_LABEL = re.compile(r"^(\.L\w+):")
-_BRANCH = re.compile(r"\s+(?:b\.\w+|cbn?z|tbn?z|b)\s+.*?(\.L\w+)\s*$")
-# int8 products of one instruction, by its first word; .s lanes of a NEON register.
-_PRODUCTS = {"sdot": 16, "udot": 16, "smmla": 32, "smull": 8, "smull2": 8, "smlal": 8, "smlal2": 8}
+# int8 products of one instruction, by its mnemonic and the type of its destination.
+_PRODUCTS = {
+    ("sdot", "4s"): 16,
+    ("udot", "4s"): 16,
+    ("usdot", "4s"): 16,
+    ("smmla", "4s"): 32,
+    ("usmmla", "4s"): 32,
+    ("smull", "8h"): 8,
+    ("smull2", "8h"): 8,
+    ("smlal", "8h"): 8,
+    ("smlal2", "8h"): 8,
+}
+_NEON = re.compile(r"v\d+\.(\w+)")
+_SCALABLE = re.compile(r"[a-z]*(dot|mmla|mop[as])")
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The lines of a loop and how many int8 products one iteration makes."""
+    """The instructions of a loop and how many int8 products one iteration makes."""
 
-    lines: tuple[str, ...]
+    code: tuple[Instruction, ...]
     macs: int
 
     @property
     def instructions(self) -> int:
         """Instructions of one iteration."""
-        return len(self.lines)
+        return len(self.code)
 
 
-def hot_loop(assembly: str) -> Loop | None:
-    """Find the innermost loop with the most int8 products; None if no loop has any."""
-    lines = assembly.splitlines()
-    places = {match[1]: i for i, line in enumerate(lines) if (match := _LABEL.match(line))}
-    loops = []
-    for end, line in enumerate(lines):
-        match = _BRANCH.match(line)
-        if match and places.get(match[1], end) < end:
-            loops.append((places[match[1]], end))
+def hot_loop(code: Sequence[Instruction]) -> Loop | None:
+    """Find the innermost loop with the most int8 products.
+
+    Args:
+        code: a kernel, in the order of addresses.
+
+    Returns:
+        None if no loop has any, or if products of scalable vectors are in a loop.
+    """
+    spans = [(i.target, i.address) for i in code if i.target is not None and i.target <= i.address]
     innermost = [
-        loop
-        for loop in loops
-        if not any(other != loop and loop[0] <= other[0] and other[1] <= loop[1] for other in loops)
+        span
+        for span in spans
+        if not any(other != span and span[0] <= other[0] and other[1] <= span[1] for other in spans)
     ]
-    found = [_loop(lines[start : end + 1]) for start, end in innermost]
+    loops = [tuple(i for i in code if start <= i.address <= end) for start, end in innermost]
+    if any(_is_scalable(i) for loop in loops for i in loop):
+        return None
+    found = (Loop(loop, sum(map(_products, loop))) for loop in loops)
     return max((loop for loop in found if loop.macs), key=lambda loop: loop.macs, default=None)
 
 
-def _loop(lines: Sequence[str]) -> Loop:
-    code = tuple(line for line in lines if re.match(r"\s+[a-z]", line))
-    return Loop(code, sum(_PRODUCTS.get(line.split()[0], 0) for line in code))
+def _products(instruction: Instruction) -> int:
+    match = _NEON.match(instruction.operands)
+    return _PRODUCTS.get((instruction.mnemonic, match[1]), 0) if match else 0
 
 
-@functools.cache
+def _is_scalable(instruction: Instruction) -> bool:
+    is_product = _SCALABLE.fullmatch(instruction.mnemonic) is not None
+    return is_product and instruction.operands.startswith("z")
+
+
 def find_mca() -> str | None:
     """Path of an llvm-mca that knows these cores; None if there is none."""
-    for name in PROGRAMS:
-        path = shutil.which(name)
-        if path is not None and _version(path) >= 16:
-            return path
-    return None
+    return find_llvm_tool("llvm-mca")
 
 
-def _version(path: str) -> int:
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    found = re.search(r"LLVM version (\d+)", done.stdout)
-    return int(found[1]) if found else 0
-
-
-def macs_per_cycle(loop: Loop, cpu: str) -> float | None:
+def macs_per_cycle(loop: Loop, model: str) -> float | None:
     """Predict the int8 products per cycle of a loop on a core.
 
     Args:
         loop: from `hot_loop`.
-        cpu: LLVM's name of the core.
+        model: LLVM's name of the core, a value of MODELS.
 
     Returns:
         None if llvm-mca is missing or its model rejects the loop.
@@ -95,8 +130,8 @@ def macs_per_cycle(loop: Loop, cpu: str) -> float | None:
     program = find_mca()
     if program is None:
         return None
-    command = [program, "-mtriple=aarch64", f"-mcpu={cpu}", f"-iterations={_ITERATIONS}"]
-    text = "\n".join(loop.lines) + "\n"
+    command = [program, "-mtriple=aarch64", f"-mcpu={model}", f"-iterations={_ITERATIONS}"]
+    text = "\n".join(instruction.text for instruction in loop.code) + "\n"
     done = subprocess.run(
         [*command, "-mattr=+dotprod,+i8mm"], input=text, capture_output=True, text=True, check=False
     )

@@ -15,7 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from llamac.runtime.errors import DeviceError, LlamacError, UsageError
-from llamac.tools import emulation
+from llamac.tools import bench_count, emulation
 from llamac.tools.console import (
     Row,
     Subparsers,
@@ -39,16 +39,19 @@ examples:
   llamac bench llama-1b-host --threads 1,2,4 --json
   llamac bench llama-1b-host --prompt-tokens 512 --decode-tokens 128 --profile
   llamac bench llama-1b-sm8650 --emulate --threads 1 --decode-tokens 1
+  llamac bench llama-1b-sm8650 --emulate --count
 
 Decoding reads all weights and the KV cache once per token, so that memory bandwidth is its limit.
 It is measured between the rounds, with as many threads, because machines drift.
 Each thread count runs in a process of its own; one unmeasured round comes first.
 --emulate runs a bundle for an Arm CPU under qemu-aarch64: it shows that the bundle works and which
 kernels a CPU gets. All times are then those of the emulator and say nothing about a device.
+--count counts instead of measuring time: the instructions of each kernel, exact and the same on
+every machine, for the first chunk of the prompt and the last decoded token.
 """
 
-# Defaults, here and for emulated CPUs, which are much slower.
-COUNTS = {"prompt_tokens": (128, 32), "decode_tokens": (64, 8), "rounds": (3, 1)}
+# Defaults: here, for emulated CPUs, which are much slower, and with --count.
+COUNTS = {"prompt_tokens": (128, 32, 32), "decode_tokens": (64, 8, 1), "rounds": (3, 1, 1)}
 
 SECONDS_TO_END = 10
 
@@ -63,8 +66,8 @@ def add_parser(subparsers: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
-    for name, (here, emulated) in COUNTS.items():
-        text = f"(default: {here}; with --emulate {emulated})"
+    for name, (here, emulated, counted) in COUNTS.items():
+        text = f"(default: {here}; with --emulate {emulated}; with --count {counted})"
         parser.add_argument(
             f"--{name.replace('_', '-')}", metavar="N", type=positive_int, help=text
         )
@@ -75,6 +78,11 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--profile", action="store_true", help="time per operation of a decode step"
     )
+    parser.add_argument(
+        "--count",
+        action="store_true",
+        help="count the instructions of each kernel instead of measuring times; with --emulate",
+    )
     emulation.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print all values as JSON")
 
@@ -84,12 +92,15 @@ def run(args: argparse.Namespace) -> int:
     from llamac.runtime.manifest import read_manifest  # noqa: PLC0415
     from llamac.runtime.system import default_threads  # noqa: PLC0415
 
+    bench_count.check(args)
     emulator = emulation.find(args)
     for name, defaults in COUNTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, defaults[args.emulate])
+            setattr(args, name, defaults[args.emulate + args.count])
     manifest = read_manifest(args.bundle)
     _check(args, manifest)
+    if args.count and emulator is not None:
+        return bench_count.run(args, manifest, emulator)
     results = []
     for threads in args.threads or (default_threads(),):
         request = Request(
@@ -146,11 +157,12 @@ def _threads(count: int) -> str:
 
 def _check(args: argparse.Namespace, manifest: Manifest) -> None:
     """Refuse what the measuring process could not do, before it starts."""
-    if args.profile and all(entry.role != "program" for entry in manifest.files.values()):
+    option = "--profile" if args.profile else "--count" if args.count else ""
+    if option and all(entry.role != "program" for entry in manifest.files.values()):
         raise UsageError(
-            "--profile needs the names of the bundle's operations",
+            f"{option} needs the names of the bundle's operations",
             cause="the bundle has no program.json",
-            fix="compile the model again, or leave out --profile",
+            fix=f"compile the model again, or leave out {option}",
         )
     tokens, context = args.prompt_tokens + args.decode_tokens, manifest.model.context_length
     if tokens > context:

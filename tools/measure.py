@@ -114,14 +114,14 @@ def _find_emulator(request: Request) -> Emulator | None:
     return find_emulator(request.cpu)
 
 
-def _prompt(request: Request, vocab_size: int) -> list[int]:
+def prompt_tokens(count: int, vocab_size: int) -> list[int]:
     """Return tokens spread over the vocabulary, so that the embedding's rows are not cached."""
-    return [(7919 * i + 1) % vocab_size for i in range(request.prompt_tokens)]
+    return [(7919 * i + 1) % vocab_size for i in range(count)]
 
 
 def _round(session: Session, request: Request, vocab_size: int, result: Measurement) -> None:
     """Evaluate the prompt, then decode greedily; add the times to `result`."""
-    prompt = _prompt(request, vocab_size)
+    prompt = prompt_tokens(request.prompt_tokens, vocab_size)
     session.rewind(0)
     started = time.perf_counter()
     session.append(prompt)
