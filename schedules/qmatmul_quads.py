@@ -13,8 +13,9 @@ negative), and f = 2^112. One widening shift does it, on a pipe that the dot pro
 
 Packed layout, one for all levels of the architecture (four rows are a quad, four quads a block):
 
-    weights [N/16][K/32][4 quads][4 j][4 rows x 4 bytes]: byte b of a row holds k = 8j + b in its
-            low and k = 8j + 4 + b in its high nibble, so that 16 bytes feed two `sdot` by lane;
+    weights [N/16][K/32][4 j][4 quads][4 rows x 4 bytes]: byte b of a row holds k = 8j + b in its
+            low and k = 8j + 4 + b in its high nibble, so that 16 bytes feed two `sdot` by lane, and
+            longer vectors (SVE, SME) read more rows of the same j;
     scales  [N/16][K/32][16] float16 or bfloat16.
 
 With `smmla`, two neighbouring vectors j are zipped before they are unpacked: then each vector holds
@@ -48,6 +49,7 @@ KNOBS: Mapping[str, tuple[int, ...]] = {
     "mr": (4, 8, 12, 16),  # tokens per tile of four rows; a GEMV has one
     "unroll": (1, 2, 4),  # groups per iteration of the hot loop
     "prefetch": (0, 4, 8, 16, 32),  # groups ahead, of a GEMV
+    "unpack_once": (0, 1),  # of a GEMM: a quad for all panels, through memory
 }
 
 
@@ -62,7 +64,8 @@ def default(shape: QMatmulShape, isa: ArmNeon) -> dict[str, int]:
     unroll = 2 if shape.k // GROUP % 2 == 0 else 1
     if shape.m == 1:
         return {"mr": 1, "unroll": unroll, "prefetch": 0}
-    return {"mr": 16 if isinstance(isa, ArmDotprod) else 8, "unroll": 1, "prefetch": 0}
+    mr = 16 if isinstance(isa, ArmDotprod) else 8
+    return {"mr": mr, "unroll": 1, "prefetch": 0, "unpack_once": int(shape.m > 2 * PANEL)}
 
 
 def make(
@@ -72,6 +75,7 @@ def make(
     mr: int,
     unroll: int,
     prefetch: int = 0,
+    unpack_once: int = 0,
     name: str | None = None,
 ) -> PrimFunc:
     """Build the kernel.
@@ -88,16 +92,16 @@ def make(
             if shape.m == 1:
                 _Gemv(tensors, unroll, prefetch).emit(item)
             else:
-                _emit_panels(_tile_of(tensors, unroll), item, mr)
+                _emit_panels(_tile_of(tensors, unroll, bool(unpack_once)), item, mr)
     return b.func
 
 
-def _tile_of(tensors: Tensors, unroll: int) -> Tile:
+def _tile_of(tensors: Tensors, unroll: int, unpack_once: bool) -> Tile:
     if isinstance(tensors.isa, ArmI8mm):
         from llamac.schedules.qmatmul_smmla import SmmlaTile  # noqa: PLC0415 (it imports Tile)
 
-        return SmmlaTile(tensors, unroll)
-    return LaneTile(tensors, unroll)
+        return SmmlaTile(tensors, unroll, unpack_once)
+    return LaneTile(tensors, unroll, unpack_once)
 
 
 class Tensors:
@@ -126,7 +130,7 @@ class Tensors:
 
     def packed(self, block: Any, group: Any, quad: Any, j: int) -> Any:
         """Vector j of a quad: 16 bytes."""
-        place = quad * (4 * ROWS) + j * 16
+        place = quad * (4 * QUAD) + j * (4 * ROWS)
         value = self.isa.load(self.weights, block, group, place, lanes=16)
         return T.Bind(T.reinterpret("int8x16", value))
 
@@ -201,27 +205,42 @@ class _Gemv:
 
 
 def _emit_panels(tile: Tile, item: Any, mr: int) -> None:
-    """Compute and store a work item: panels of 16 tokens, tiles of at most `mr` of them."""
+    """Compute and store a work item: quads, panels of 16 tokens, tiles of at most `mr` of them."""
     m = tile.tensors.shape.m
     tile.start(item)
 
-    def panel(index: Any, tokens: int) -> None:
-        with loop(QUADS) as quad:
-            for first in range(0, tokens, mr):
-                tile.emit(item, quad, index, first, min(mr, tokens - first))
+    def panel(quad: Any, index: Any, tokens: int) -> None:
+        for first in range(0, tokens, mr):
+            tile.emit(item, quad, index, first, min(mr, tokens - first))
 
-    if m >= PANEL:
-        with loop(m // PANEL) as index:
-            panel(index, PANEL)
-    if m % PANEL:
-        panel(T.int64(m // PANEL), m % PANEL)
+    with loop(QUADS) as quad:
+        tile.unpack(item, quad)
+        if m >= PANEL:
+            with loop(m // PANEL) as index:
+                panel(quad, index, PANEL)
+        if m % PANEL:
+            panel(quad, T.int64(m // PANEL), m % PANEL)
 
 
 class Tile:
-    """Some tokens of a panel times a quad; a subclass multiplies."""
+    """Some tokens of a panel times a quad; a subclass multiplies.
 
-    def __init__(self, tensors: Tensors, unroll: int) -> None:
+    Several panels meet the same quad. Its weights are unpacked once for all of them if
+    `unpack_once`: 4 bytes a column and a float32 a group and row go through a buffer that the
+    first-level cache holds.
+    """
+
+    scale_vectors = 1
+
+    def __init__(self, tensors: Tensors, unroll: int, unpack_once: bool) -> None:
         self.tensors, self._unroll = tensors, unroll
+        count = tensors.groups * (2 if tensors.epilogue.is_swiglu else 1)
+        self._kept = None
+        if unpack_once:
+            self._kept = (
+                local("int8x16", count * CHUNKS),
+                local("float32x4", count * self.scale_vectors),
+            )
 
     def emit(self, item: Any, quad: Any, panel: Any, first: int, tokens: int) -> None:
         """Compute and store the results of a quad (of gate and up: two) for some tokens.
@@ -234,17 +253,31 @@ class Tile:
             tokens: of the tile.
         """
         t, isa = self.tensors, self.tensors.isa
+        place = (quad, panel, first, tokens)
         if t.epilogue.is_swiglu:
-            gate = self._quad(item * 2, quad, panel, first, tokens, 0)
-            up = self._quad(item * 2 + 1, quad, panel, first, tokens, 1)
+            gate, up = self._quad(item * 2, *place, 0), self._quad(item * 2 + 1, *place, 1)
             values = [isa.silu(g) * u for g, u in zip(gate, up, strict=True)]
         else:
-            values = self._quad(item, quad, panel, first, tokens, None)
+            values = self._quad(item, *place, None)
         for i, value in enumerate(values):
             t.epilogue.store(value, panel * PANEL + first + i, item * ROWS + quad * QUAD)
 
     def start(self, item: Any) -> None:
         """Prepare a work item."""
+
+    def unpack(self, item: Any, quad: Any) -> None:
+        """Unpack the weights of a quad of a work item for all panels, if that is wanted."""
+        if self._kept is None:
+            return
+        codes, scales = self._kept
+        blocks = [item * 2, item * 2 + 1] if self.tensors.epilogue.is_swiglu else [item]
+        for slot, block in enumerate(blocks):
+            with loop(self.tensors.groups) as group:
+                place = group + slot * self.tensors.groups
+                for i, value in enumerate(self.codes_of(block, quad, group)):
+                    T.buffer_store(codes, value, [place * CHUNKS + i])
+                for i, value in enumerate(self.scales_of(block, quad, group)):
+                    T.buffer_store(scales, value, [place * self.scale_vectors + i])
 
     def _quad(
         self, block: Any, quad: Any, panel: Any, first: int, tokens: int, split: int | None
@@ -256,8 +289,22 @@ class Tile:
             T.buffer_store(acc, t.isa.splat(0.0), [i])
         with loop(t.groups // self._unroll) as step:
             for u in range(self._unroll):
-                self.group(acc, block, quad, panel, first, tokens, step * self._unroll + u)
+                group = step * self._unroll + u
+                if self._kept is None:
+                    weights = self.codes_of(block, quad, group), self.scales_of(block, quad, group)
+                else:
+                    weights = self._load_kept((split or 0) * t.groups + group)
+                self.group(acc, weights, panel, group, first, tokens)
         return t.finish(self.sums(acc, tokens), block, quad, panel * PANEL + first, split)
+
+    def _load_kept(self, place: Any) -> tuple[list[Any], list[Any]]:
+        """Codes and scales of a group that `unpack` has kept."""
+        assert self._kept is not None
+        codes, scales = self._kept
+        return (
+            [T.Bind(codes[place * CHUNKS + i]) for i in range(CHUNKS)],
+            [T.Bind(scales[place * self.scale_vectors + i]) for i in range(self.scale_vectors)],
+        )
 
     def pair_codes(self, panel: Any, group: Any, pair: int) -> list[Any]:
         """The four vectors of a pair of tokens, int8x16: 8 codes of each."""
@@ -265,10 +312,24 @@ class Tile:
         places = [pair * (2 * GROUP) + i * 16 for i in range(4)]
         return [T.Bind(t.isa.load(t.codes, panel, group, place, lanes=16)) for place in places]
 
+    def codes_of(self, block: Any, quad: Any, group: Any) -> list[Any]:
+        """Unpack a group of a quad: eight int8x16."""
+        raise NotImplementedError
+
+    def scales_of(self, block: Any, quad: Any, group: Any) -> list[Any]:
+        """`scale_vectors` vectors float32x4 with the scales of a group of a quad."""
+        raise NotImplementedError
+
     def group(
-        self, acc: Any, block: Any, quad: Any, panel: Any, first: int, tokens: int, group: Any
+        self,
+        acc: Any,
+        weights: tuple[list[Any], list[Any]],
+        panel: Any,
+        group: Any,
+        first: int,
+        tokens: int,
     ) -> None:
-        """Add one group of 32 columns."""
+        """Add one group of 32 columns, of codes and scales as the two methods above give them."""
         raise NotImplementedError
 
     def sums(self, acc: Any, tokens: int) -> list[Any]:
@@ -279,13 +340,27 @@ class Tile:
 class LaneTile(Tile):
     """Dot products by lane: an accumulator is four rows for one token."""
 
+    def codes_of(self, block: Any, quad: Any, group: Any) -> list[Any]:
+        """Four codes of four rows in each vector, in the order of their columns."""
+        t = self.tensors
+        return [rows for j in range(4) for rows in t.isa.unpack(t.packed(block, group, quad, j))]
+
+    def scales_of(self, block: Any, quad: Any, group: Any) -> list[Any]:
+        """The scales of four rows."""
+        return [self.tensors.scale(block, group, quad)]
+
     def group(
-        self, acc: Any, block: Any, quad: Any, panel: Any, first: int, tokens: int, group: Any
+        self,
+        acc: Any,
+        weights: tuple[list[Any], list[Any]],
+        panel: Any,
+        group: Any,
+        first: int,
+        tokens: int,
     ) -> None:
-        """Unpack the quad once for all tokens."""
+        """Token by token; two of them share the vectors of a pair."""
         t, isa = self.tensors, self.tensors.isa
-        chunks = [rows for j in range(4) for rows in isa.unpack(t.packed(block, group, quad, j))]
-        scale = t.scale(block, group, quad)
+        chunks, [scale] = weights
         for token in range(first, first + tokens):
             if token % 2 == 0:
                 x = [T.reinterpret("int32x4", v) for v in self.pair_codes(panel, group, token // 2)]

@@ -28,22 +28,29 @@ from llamac.schedules.quantize import PANEL
 class SmmlaTile(Tile):
     """Matrix products: accumulators 2 p and 2 p + 1 are a pair of tokens times two rows each."""
 
+    scale_vectors = 2
+
     def group(
-        self, acc: Any, block: Any, quad: Any, panel: Any, first: int, tokens: int, group: Any
+        self,
+        acc: Any,
+        weights: tuple[list[Any], list[Any]],
+        panel: Any,
+        group: Any,
+        first: int,
+        tokens: int,
     ) -> None:
-        """Unpack the quad once for all tokens."""
+        """Pair by pair of tokens."""
         t = self.tensors
         isa = t.isa
         assert isinstance(isa, ArmI8mm)
         zeros = self._zeros(group)
-        weights = self._row_pairs(block, quad, group)
-        scales = _pair_scales(t.scale(block, group, quad))
+        rows, scales = weights
         for pair in range(first // 2, (first + tokens + 1) // 2):
             codes = self.pair_codes(panel, group, pair)
             for side in (0, 1):
                 i = 2 * (pair - first // 2) + side
                 total = zeros(i)
-                for x, w in zip(codes, weights[side], strict=True):
+                for x, w in zip(codes, rows[4 * side : 4 * side + 4], strict=True):
                     total = T.Bind(isa.matmul_2x2(total, x, w))
                 T.buffer_store(acc, t.scaled(total, scales[side], acc[i]), [i])
 
@@ -59,8 +66,8 @@ class SmmlaTile(Tile):
         base = T.Bind(group * self._step)
         return lambda i: T.Bind(self._memory[T.ramp(base + 4 * i, 1, 4)])
 
-    def _row_pairs(self, block: Any, quad: Any, group: Any) -> list[list[Any]]:
-        """For rows (0, 1) and (2, 3) the four vectors that meet those of a pair of tokens."""
+    def codes_of(self, block: Any, quad: Any, group: Any) -> list[Any]:
+        """For rows (0, 1), then (2, 3), the four vectors that meet those of a pair of tokens."""
         t = self.tensors
         words = [T.reinterpret("int32x4", t.packed(block, group, quad, j)) for j in range(4)]
         pairs: list[list[Any]] = [[], []]
@@ -69,7 +76,12 @@ class SmmlaTile(Tile):
             for side, lanes in enumerate(((0, 4, 1, 5), (2, 6, 3, 7))):
                 zipped = T.Bind(T.reinterpret("int8x16", pick(both, lanes)))
                 pairs[side] += t.isa.unpack(zipped)
-        return pairs
+        return pairs[0] + pairs[1]
+
+    def scales_of(self, block: Any, quad: Any, group: Any) -> list[Any]:
+        """The scales of rows (0, 1) and (2, 3), each twice."""
+        scale = self.tensors.scale(block, group, quad)
+        return [T.Bind(pick(scale, (r, r + 1, r, r + 1))) for r in (0, 2)]
 
     def sums(self, acc: Any, tokens: int) -> list[Any]:
         """Two accumulators of a pair of tokens become a vector for each token."""
@@ -79,8 +91,3 @@ class SmmlaTile(Tile):
             rows = [pick(T.Bind(acc[i + side]), (half, half + 1)) for side in (0, 1)]
             results.append(T.Bind(join(rows)))
         return results
-
-
-def _pair_scales(scale: Any) -> list[Any]:
-    """The scales of rows (0, 1) and (2, 3), each twice."""
-    return [T.Bind(pick(scale, (r, r + 1, r, r + 1))) for r in (0, 2)]

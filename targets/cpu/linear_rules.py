@@ -55,7 +55,7 @@ class LinearRules(FunctionState):
     @property
     def _layout(self) -> str:
         """Layout of int4 weights: signed nibbles need no offsets."""
-        return "int4.codes" if has_offsets(self._library.isa) else "int4.quads"
+        return "int4.codes" if has_offsets(self._library.isa) else "int4.signed"
 
     def _code_outputs(self, tokens: int, k: int) -> list[tuple[tuple[int, ...], str]]:
         """Shapes of codes, (scale, zero point), and group offsets if the levels have them."""

@@ -23,24 +23,20 @@ PIECE_BYTES = 16 << 20
 
 
 def int4_codes(codes: Array) -> Array:
-    """int8 [n, k] in -8..7 -> uint8 [n/16, k/32, 256]; nibble order as in schedules/qmatmul.py."""
-    n, k = codes.shape
-    words = np.ascontiguousarray(codes).view(np.uint32).reshape(n // ROWS, ROWS, k // GROUP, 4, 2)
-    nibbles = (words & 0x0F0F0F0F) ^ 0x08080808  # two's complement nibble -> value + 8
-    packed = (nibbles[..., 0] | (nibbles[..., 1] << 4)).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(packed).view(np.uint8).reshape(n // ROWS, k // GROUP, 256)
+    """int8 [n, k] in -8..7 -> uint8 [n/16, k/32, 256], value + 8; see schedules/qmatmul.py."""
+    return int4_signed(codes) ^ 0x88  # a two's complement nibble with its top bit flipped
 
 
-def int4_quads(codes: Array) -> Array:
-    """int8 [n, k] in -8..7 -> uint8 [n/16, k/32, 256]: four rows at a time, signed nibbles.
+def int4_signed(codes: Array) -> Array:
+    """int8 [n, k] in -8..7 -> uint8 [n/16, k/32, 256]: the same order, nibbles in two's complement.
 
-    Byte quad*64 + j*16 + row*4 + b holds k = 8j + b in its low and k = 8j + 4 + b in its high
-    nibble, of row quad*4 + row.
+    Byte j*64 + row*4 + b of a block holds k = 8j + b in its low and k = 8j + 4 + b in its high
+    nibble.
     """
     n, k = codes.shape
-    words = np.ascontiguousarray(codes).view(np.uint32)
-    words = words.reshape(n // ROWS, 4, 4, k // GROUP, 4, 2) & 0x0F0F0F0F
-    packed = (words[..., 0] | (words[..., 1] << 4)).transpose(0, 3, 1, 4, 2)
+    words = np.ascontiguousarray(codes).view(np.uint32).reshape(n // ROWS, ROWS, k // GROUP, 4, 2)
+    nibbles = words & 0x0F0F0F0F
+    packed = (nibbles[..., 0] | (nibbles[..., 1] << 4)).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(packed).view(np.uint8).reshape(n // ROWS, k // GROUP, 256)
 
 
@@ -139,7 +135,7 @@ class Packer:
         self._weights, self._scale_dtype, self._check = weights, scale_dtype, check_scales
         self._layouts: dict[str, Callable[[dict[str, Array]], Array]] = {
             "int4.codes": lambda w: int4_codes(w["weight"]),
-            "int4.quads": lambda w: int4_quads(w["weight"]),
+            "int4.signed": lambda w: int4_signed(w["weight"]),
             "int4.scales": lambda w: block_columns(to_scale_dtype(w["scales"], scale_dtype)),
             "int4.ksum": lambda w: int4_ksum(w["weight"], to_scale_dtype(w["scales"], scale_dtype)),
             "int8.blocks": lambda w: int8_codes(w["weight"]),

@@ -29,6 +29,7 @@ SHAPES = [
     QMatmulShape(8, 64, 32, "float16", "swiglu"),
     QMatmulShape(20, 32, 64, "float16", "swiglu"),
     QMatmulShape(35, 16, 96, "bfloat16", "residual"),
+    QMatmulShape(48, 64, 96, "bfloat16", "swiglu"),
     QMatmulShape(1, 112, 64, "float16", "none", 4, 2.0, (64, 16, 32)),
     QMatmulShape(3, 64, 96, "bfloat16", "swiglu", 5, 0.5, (32, 32)),
     QMatmulShape(8, 32, 64, "float16", "residual", 16, -1.5, (32,)),
@@ -66,7 +67,7 @@ def operands(isa, shape, x, codes, scales):
     qparams = np.stack([x.scale, x.zero_point.astype(np.float32)], axis=1)
     tables = [packing.block_columns(stored), packing.int4_ksum(codes, stored)]
     if isinstance(isa, ArmNeon):
-        return [packing.pair_codes(x.codes), qparams, packing.int4_quads(codes), *tables]
+        return [packing.pair_codes(x.codes), qparams, packing.int4_signed(codes), *tables]
     offsets = -8 * reference.group_sums(x.codes, GROUP)
     return [x.codes, qparams, offsets, packing.int4_codes(codes), *tables]
 
