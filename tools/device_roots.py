@@ -6,7 +6,7 @@
     qemu          qemu-aarch64 of version 10 or newer, unless the system has one: older ones compute
                   int8 outer products of SME wrongly
     arm64-python  sysroot/, Debian's Python 3.11 for arm64, and site/, the wheels that
-                  llamac.runtime needs; about 190 MB
+                  llamac.runtime needs; about 160 MB
 
 Packages come from the archive and the package index that this machine's apt and pip use. Nothing is
 installed, and no right of the administrator is needed. What is there already is left as it is.
@@ -117,6 +117,12 @@ def _make_qemu(folder: Path) -> None:
 
 def _keep_aarch64(folder: Path) -> None:
     """Keep one of the forty emulators of the package: 16 MB of 455."""
+    if not (folder / "all" / QEMU_PROGRAM).is_file():
+        raise BuildFailed(
+            f"the package {QEMU_PACKAGE} has no {QEMU_PROGRAM}",
+            cause="a newer release keeps the emulators in another package",
+            fix="install it, and set LLAMAC_QEMU_SME to its qemu-aarch64",
+        )
     for kept in (QEMU_PROGRAM, QEMU_COPYRIGHT):
         (folder / kept).parent.mkdir(parents=True)
         (folder / "all" / kept).rename(folder / kept)
@@ -264,10 +270,10 @@ def make_root(root: Root, folder: Path) -> None:
 
 
 def _made_by(place: Path) -> str:
-    """Return the recipe of what is there; "" for nothing."""
+    """Return the recipe of what is there; "" for nothing, or what nobody can read."""
     try:
         return (place / RECIPE_FILE).read_text("utf-8")
-    except FileNotFoundError:
+    except OSError:
         return ""
 
 

@@ -181,10 +181,11 @@ def examine_tools() -> Iterator[Finding]:
     else:
         yield Finding("readelf", NOTE, "not installed", why, "apt-get install binutils")
     yield examine_emulator()
+    yield examine_llvm_tools()
 
 
 def examine_emulator() -> Finding:
-    """Find the emulator of Arm CPUs, and say what it cannot do."""
+    """Find the emulator of Arm CPUs, and say what it can do and what not."""
     from llamac.targets.emulator import FIRST_VERSION_WITH_SME, find_emulator  # noqa: PLC0415
 
     what, why = "qemu-aarch64", "runs, verifies and counts bundles for Arm CPUs (--emulate)"
@@ -192,13 +193,25 @@ def examine_emulator() -> Finding:
         emulator = find_emulator()
     except LlamacError as error:
         return Finding(what, NOTE, f"{error.message}: {error.cause}", why, error.fix)
-    lacks = []
-    if emulator.version < FIRST_VERSION_WITH_SME:
-        lacks.append("SME kernels need version 10")
+    counts = "counts instructions"
     if not emulator.has_plugins:
-        lacks.append("counting needs one that loads plug-ins, as Debian 12's does")
-    found = "; ".join([emulator.description, *lacks])
-    return Finding(what, OK, found, why)
+        counts = "counting instructions needs one that loads plug-ins, as Debian 12's does"
+    knows_sme = emulator.version >= FIRST_VERSION_WITH_SME
+    sme = "runs SME kernels" if knows_sme else "SME kernels need version 10"
+    return Finding(what, OK, f"{emulator.description}; {counts}; {sme}", why)
+
+
+def examine_llvm_tools() -> Finding:
+    """Find the programs that predict cycles from the code of kernels."""
+    from llamac.targets.machine_code import FIRST_VERSION, find_llvm_tool  # noqa: PLC0415
+
+    what, why = "LLVM tools", "predict cycles of kernels for Arm cores (bench --emulate --count)"
+    found = {name: find_llvm_tool(name) for name in ("llvm-mca", "llvm-objdump")}
+    absent = [name for name, path in found.items() if path is None]
+    if not absent:
+        return Finding(what, OK, ", ".join(filter(None, found.values())), why)
+    text = f"no {' and no '.join(absent)} of version {FIRST_VERSION} or later"
+    return Finding(what, NOTE, text, why, "apt-get install llvm, or llvm-19")
 
 
 def examine_cpu(cpuinfo: Path) -> Iterator[Finding]:
@@ -208,8 +221,8 @@ def examine_cpu(cpuinfo: Path) -> Iterator[Finding]:
     flags = cpu_flags(cpuinfo)
     if platform.machine().lower() not in ("x86_64", "amd64"):
         found = f"{platform.machine()}; bundles for `host` are x86-64"
-        why = "this version compiles for x86-64 only"
-        yield Finding("CPU", FAIL, found, why, "use a machine with an x86-64 CPU")
+        why = "this version compiles on x86-64 only; bundles for this CPU run here"
+        yield Finding("CPU", FAIL, found, why, "compile on an x86-64 CPU and copy the bundle")
         return
     host = load_soc("host")
     wanted = dict.fromkeys(feature for level in host.levels for feature in level.features)

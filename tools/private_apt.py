@@ -23,6 +23,7 @@ from llamac.runtime.errors import BuildFailed, ToolchainMissing
 
 APT_FOLDER = Path("/etc/apt")
 OS_RELEASE = Path("/etc/os-release")
+TRUST_FIELDS = ("signed-by", "trusted")
 
 # Lines of a failing tool's output that are worth showing.
 _LAST_LINES = 12
@@ -51,11 +52,11 @@ class Archive:
 
     Attributes:
         uri: of the archive, the folder of `dists`.
-        signed_by: file of the keys that sign it; "": those that apt trusts by itself.
+        trust: the fields of its entry that say whose signatures count, as apt writes them.
     """
 
     uri: str
-    signed_by: str
+    trust: tuple[str, ...] = ()
 
 
 def host_archive(apt_folder: Path = APT_FOLDER, os_release: Path = OS_RELEASE) -> Archive:
@@ -76,7 +77,8 @@ def host_archive(apt_folder: Path = APT_FOLDER, os_release: Path = OS_RELEASE) -
         )
     for entry in _entries(apt_folder):
         if codename in entry["suites"].split() and "main" in entry["components"].split():
-            return Archive(entry["uris"].split()[0], entry.get("signed-by", ""))
+            trust = tuple(f"{name}: {entry[name]}" for name in TRUST_FIELDS if name in entry)
+            return Archive(entry["uris"].split()[0], trust)
     raise ToolchainMissing(
         f"apt has no source for {codename}, the release of this system",
         cause=f"no entry below {apt_folder} has that suite and the component main",
@@ -153,9 +155,8 @@ class PrivateApt:
         (self._folder / "status").touch()
         config = _CONFIG.format(architecture=architecture, folder=self._folder)
         (self._folder / "apt.conf").write_text(config, "utf-8")
-        source = f"Types: deb\nURIs: {archive.uri}\nSuites: {suite}\nComponents: main\n"
-        if archive.signed_by:
-            source += f"Signed-By: {archive.signed_by}\n"
+        fields = ("Types: deb", f"URIs: {archive.uri}", f"Suites: {suite}", "Components: main")
+        source = "\n".join((*fields, *archive.trust)) + "\n"
         (self._folder / "private.sources").write_text(source, "utf-8")
 
     def __enter__(self) -> Self:
@@ -194,19 +195,21 @@ class PrivateApt:
         Raises:
             BuildFailed: one does not exist or could not be fetched.
         """
-        archives = self._folder / "cache" / "archives"
+        names = list(packages)
         if with_dependencies:
-            self._apt("install", "--download-only", "-y", "--no-install-recommends", *packages)
-        else:
-            self._apt("download", *packages, cwd=archives)
-        files = sorted(archives.glob("*.deb"))
-        for file in files:
-            run_tool("dpkg-deb", "-x", str(file), str(folder))
+            # Not `install --download-only`: it leaves packages of a file: archive where they are.
+            plan = self._apt("install", "--simulate", "--no-install-recommends", *packages)
+            names = [line.split()[1] for line in plan.splitlines() if line.startswith("Inst ")]
+        with tempfile.TemporaryDirectory(dir=self._folder) as downloads:
+            self._apt("download", *names, cwd=Path(downloads))
+            files = sorted(Path(downloads).glob("*.deb"))
+            for file in files:
+                run_tool("dpkg-deb", "-x", str(file), str(folder))
         return len(files)
 
-    def _apt(self, command: str, *arguments: str, cwd: Path | None = None) -> None:
+    def _apt(self, command: str, *arguments: str, cwd: Path | None = None) -> str:
         config = str(self._folder / "apt.conf")
-        run_tool("apt-get", "-q", "-c", config, command, *arguments, cwd=cwd)
+        return run_tool("apt-get", "-q", "-c", config, command, *arguments, cwd=cwd)
 
 
 def run_tool(*command: str, cwd: Path | None = None) -> str:
