@@ -37,6 +37,10 @@ PROGRAM_VARIABLE = "LLAMAC_QEMU"
 CPU_VARIABLE = "QEMU_CPU"
 DEFAULT_CPU = "max"
 
+# elf.h
+ELF_CLASS_64 = 2
+EM_AARCH64 = 183
+
 # Older ones compute int8 outer products of SME wrongly, so that their "max" must not offer it.
 FIRST_VERSION_WITH_SME = (10, 0)
 
@@ -117,7 +121,7 @@ def runner_of(bundle: Path, manifest: Manifest) -> Path:
     """Return the path of the bundle's llamac-runner.
 
     Raises:
-        BundleInvalid: it has none, or one that may not be executed.
+        BundleInvalid: it has none, one that may not be executed, or one for another processor.
         BundleCorrupt: the file is missing.
     """
     names = [name for name, entry in manifest.files.items() if entry.role == RUNNER_ROLE]
@@ -134,7 +138,21 @@ def runner_of(bundle: Path, manifest: Manifest) -> Path:
             cause="the bundle was copied without the files' permissions",
             fix=f"chmod +x {path}",
         )
+    _check_machine_code(path)
     return path
+
+
+def _check_machine_code(path: Path) -> None:
+    """Look at the head of an ELF file, where byte 4 says how long addresses are, 18 which CPU."""
+    with path.open("rb") as file:
+        head = file.read(20)
+    is_elf = len(head) == 20 and head.startswith(b"\x7fELF")
+    if not is_elf or head[4] != ELF_CLASS_64 or int.from_bytes(head[18:20], "little") != EM_AARCH64:
+        raise BundleInvalid(
+            f"{path} is no program for {ARCH}",
+            cause="it is an ELF file for another processor" if is_elf else "it is no ELF file",
+            fix="compile the model again",
+        )
 
 
 def find_emulator(cpu: str | None = None) -> Emulator:
@@ -145,29 +163,29 @@ def find_emulator(cpu: str | None = None) -> Emulator:
 
     Raises:
         ToolchainMissing: there is none, or it does not run.
-        UsageError: it does not know the CPU model.
+        UsageError: it does not know the CPU model, or the model not its properties.
     """
     program = os.environ.get(PROGRAM_VARIABLE) or _first_on_path(PROGRAMS)
     if not program or shutil.which(program) is None:
         where = f"${PROGRAM_VARIABLE} is {program}" if program else f"{PROGRAMS[0]} is not on PATH"
         raise _missing("no emulator for AArch64 was found", where)
     try:
-        found = re.search(r"version (\d+(?:\.\d+)*)", _output(program, "--version"))
-        if found is None:
-            raise _missing(f"{program} is not QEMU", "it does not say its version as QEMU does")
-        version = tuple(map(int, found[1].split(".")))
+        version = _version(program)
         has_plugins = "-plugin" in _output(program, "-help")
         models = _cpu_models(program)
     except (OSError, subprocess.SubprocessError) as error:
         raise _missing(f"{program} does not run", str(error)) from error
     wanted = cpu or os.environ.get(CPU_VARIABLE) or DEFAULT_CPU
-    if models and wanted.partition(",")[0] not in models:
+    model, comma, _ = wanted.partition(",")
+    if models and model not in models:
         raise UsageError(
-            f"{Path(program).name} has no CPU model {wanted.partition(',')[0]!r}",
+            f"{Path(program).name} has no CPU model {model!r}",
             cause=f"it knows {', '.join(models)}",
             fix="choose one of them with --cpu, or install a newer QEMU",
         )
-    if wanted == DEFAULT_CPU and version < FIRST_VERSION_WITH_SME:
+    if comma:
+        _check_properties(program, wanted)
+    if model == DEFAULT_CPU and version < FIRST_VERSION_WITH_SME and ",sme" not in wanted:
         wanted += ",sme=off"
     return Emulator(program, version, wanted, has_plugins)
 
@@ -182,6 +200,30 @@ def _missing(message: str, cause: str) -> LlamacError:
         cause=cause,
         fix=f"apt-get install qemu-user, or set {PROGRAM_VARIABLE} to the path of {PROGRAMS[0]}",
     )
+
+
+def _version(program: str) -> tuple[int, ...]:
+    """Version of a QEMU; refuses other programs, and QEMUs of other processors."""
+    found = re.match(r"qemu-(\w+) version (\d+(?:\.\d+)*)", _output(program, "--version"))
+    if found is None:
+        raise _missing(f"{program} is not QEMU", "it does not say its version as QEMU's user mode")
+    if found[1] != ARCH:
+        raise _missing(f"{program} does not emulate {ARCH}", f"it is qemu-{found[1]}")
+    return tuple(map(int, found[2].split(".")))
+
+
+def _check_properties(program: str, cpu: str) -> None:
+    """Try a CPU with properties: QEMU makes it before it looks at the program that it shall run."""
+    try:
+        said = _output(program, "-cpu", cpu, os.devnull)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _missing(f"{program} does not run", str(error)) from error
+    if said and os.devnull not in said:
+        raise UsageError(
+            f"{Path(program).name} cannot emulate the CPU {cpu!r}",
+            cause="; ".join(line.strip() for line in said.strip().splitlines()[:3]),
+            fix="correct the properties behind the model's name, as in max,sve=off",
+        )
 
 
 def _cpu_models(program: str) -> list[str]:

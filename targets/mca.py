@@ -36,6 +36,7 @@ CORES: Mapping[str, str] = {
     "cortex-a77": "N1",
     "cortex-a78": "N1",
     "cortex-x1": "V1",
+    "neoverse-v1": "V1",
     "cortex-a710": "N2",
     "cortex-a715": "N2",
     "cortex-a720": "N2",

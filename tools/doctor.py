@@ -203,7 +203,7 @@ def examine_emulator() -> Finding:
 
 def examine_llvm_tools() -> Finding:
     """Find the programs that predict cycles from the code of kernels."""
-    from llamac.targets.machine_code import FIRST_VERSION, find_llvm_tool  # noqa: PLC0415
+    from llamac.targets.machine_code import FIRST_VERSION, PACKAGE, find_llvm_tool  # noqa: PLC0415
 
     what, why = "LLVM tools", "predict cycles of kernels for Arm cores (bench --emulate --count)"
     found = {name: find_llvm_tool(name) for name in ("llvm-mca", "llvm-objdump")}
@@ -211,7 +211,7 @@ def examine_llvm_tools() -> Finding:
     if not absent:
         return Finding(what, OK, ", ".join(filter(None, found.values())), why)
     text = f"no {' and no '.join(absent)} of version {FIRST_VERSION} or later"
-    return Finding(what, NOTE, text, why, "apt-get install llvm, or llvm-19")
+    return Finding(what, NOTE, text, why, f"apt-get install {PACKAGE}")
 
 
 def examine_cpu(cpuinfo: Path) -> Iterator[Finding]:

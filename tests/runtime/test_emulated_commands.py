@@ -81,6 +81,8 @@ def test_run_refuses_what_the_emulated_cpu_cannot(
         ("run", str(arm_bundle), "Hi"): "cpu-unsupported",
         ("run", str(bundle), "Hi", "--emulate"): "usage",
         ("run", str(arm_bundle), "Hi", "--emulate", "--cpu", "cortex-x4"): "usage",
+        ("run", str(arm_bundle), "Hi", "--emulate", "--cpu", "max,wings=on"): "usage",
+        ("run", str(arm_bundle), "Hi", "--cpu", "cortex-a76"): "usage",
         ("run", str(arm_bundle), "Hi", "--emulate", "--level", "foreign"): "cpu-unsupported",
         ("run", str(arm_bundle), "Hi", "--emulate", "--level", "none"): "usage",
         ("bench", str(arm_bundle), "--emulate", "--level", "foreign"): "cpu-unsupported",

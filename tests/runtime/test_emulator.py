@@ -37,7 +37,7 @@ def fake_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
             'case "$1" in',
             f'--version) echo "{version}" ;;',
             f'-help) echo "{"-plugin FILE" if plugins else "-cpu MODEL"}" ;;',
-            f"-cpu) printf 'Available CPUs:\\n{cpus}' ;;",
+            f"-cpu) [ \"$2\" != help ] || printf 'Available CPUs:\\n{cpus}' ;;",
             "esac",
         ]
         path.write_text("\n".join(lines) + "\n")
@@ -78,6 +78,8 @@ def test_an_old_emulator_does_not_offer_what_it_computes_wrongly(
     assert find_emulator().cpu == "max,sme=off"
     assert not find_emulator().has_plugins
     assert find_emulator("max,sme=on").cpu == "max,sme=on"
+    assert find_emulator("max,sve256=on").cpu == "max,sve256=on,sme=off"
+    assert find_emulator("cortex-a55").cpu == "cortex-a55"
 
 
 def test_the_cpu_is_the_arguments_before_the_variables(
@@ -111,9 +113,14 @@ def test_a_missing_emulator_is_an_error_with_the_command_that_installs_it(
     with pytest.raises(ToolchainMissing) as info:
         find_emulator()
     assert "$LLAMAC_QEMU is" in info.value.cause
-    path = fake_qemu("something else")
-    with pytest.raises(ToolchainMissing, match="is not QEMU"):
+    for text in ("something else", "true (GNU coreutils) 9.1, GNU GPL version 3 or later"):
+        path = fake_qemu(text)
+        with pytest.raises(ToolchainMissing, match="is not QEMU"):
+            find_emulator()
+    fake_qemu("qemu-arm version 7.2.22")
+    with pytest.raises(ToolchainMissing, match="does not emulate aarch64") as info:
         find_emulator()
+    assert info.value.cause == "it is qemu-arm"
     path.write_text("#!/does/not/exist\n")
     with pytest.raises(ToolchainMissing, match="does not run"):
         find_emulator()
@@ -135,9 +142,12 @@ def test_a_bundle_of_this_machine_is_not_emulated(
 
 
 def test_a_bundle_without_a_runner_is_refused(
-    make_bundle: Any, chain_runner: Callable[[str], Path], fake_qemu: Callable[..., Path]
+    make_bundle: Any,
+    chain_runner: Callable[[str], Path],
+    fake_qemu: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    """No file of that role, the file is gone, it may not be executed, another version."""
+    """No file of that role, no such program, not executable, gone, another version."""
     fake_qemu("qemu-aarch64 version 10.0.2")
     machine = find_emulator()
 
@@ -147,6 +157,19 @@ def test_a_bundle_without_a_runner_is_refused(
     with pytest.raises(BundleInvalid, match="has no runner") as info:
         load(make_bundle(change=for_arm), machine=machine)
     assert info.value.fix == "compile the model again"
+    program = tmp_path / "program"
+    elf_of_32_bit = chain_runner("aarch64").read_bytes()[:4] + b"\x01" + bytes(100)
+    for content, cause in {
+        b"#!/bin/sh\n": "no ELF file",
+        chain_runner("aarch64").read_bytes()[:10]: "no ELF file",
+        elf_of_32_bit: "for another processor",
+        chain_runner("x86_64").read_bytes(): "for another processor",
+    }.items():
+        program.write_bytes(content)
+        program.chmod(0o755)
+        with pytest.raises(BundleInvalid, match="is no program for aarch64") as info:
+            load(make_bundle(change=for_arm, runner=program), machine=machine)
+        assert cause in info.value.cause
     bundle = make_bundle(change=for_arm, runner=chain_runner("aarch64"))
     (bundle / "bin" / "llamac-runner").chmod(0o644)
     with pytest.raises(BundleInvalid, match="may not be executed"):
@@ -189,7 +212,12 @@ def test_the_features_are_those_of_the_cpu_model(arm_bundle: Path) -> None:
         assert set(model.features) == features
         model.close()
     model = find_emulator().open_runner(runner, weights, None)
-    assert {"dotprod", "i8mm", "sve2"} <= set(model.features)
+    assert {"dotprod", "i8mm", "sve", "sve2"} <= set(model.features)
+    model.close()
+    # What the system hides is not there, as on phones that hide SVE.
+    model = find_emulator("max,sve=off").open_runner(runner, weights, None)
+    assert {"dotprod", "i8mm"} <= set(model.features)
+    assert not {"sve", "sve2"} & set(model.features)
     model.close()
 
 
@@ -204,19 +232,32 @@ def test_a_level_that_the_cpu_model_lacks_is_refused_before_it_runs(arm_bundle: 
 
 
 @pytest.mark.needs("qemu-aarch64")
+@pytest.mark.parametrize(
+    ("cpu", "words"),
+    [
+        ("max,wings=on", "wings"),
+        ("max,sve", "sve"),
+        ("cortex-a76,sve=on", "sve"),
+        ("max,sve=off,sve256=on", "SVE must be enabled"),
+    ],
+)
+def test_wrong_properties_of_a_cpu_model_are_refused_in_qemus_words(cpu: str, words: str) -> None:
+    """QEMU is asked before a bundle is opened."""
+    with pytest.raises(UsageError, match="cannot emulate the CPU") as info:
+        find_emulator(cpu)
+    assert words in info.value.cause
+
+
+@pytest.mark.needs("qemu-aarch64")
 def test_a_program_for_another_cpu_dies_with_the_emulators_words(
     arm_bundle: Path, chain_runner: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """A wrong architecture, or a property of the CPU that does not exist."""
+    """A wrong architecture, where nobody looked at the file before."""
     weights = arm_bundle / "weights.bin"
     if system.machine() == "x86_64":
         with pytest.raises(DeviceError, match="the runner ended") as info:
             find_emulator().open_runner(chain_runner("x86_64"), weights, None)
         assert "Invalid ELF image" in info.value.cause
-    runner = arm_bundle / "bin" / "llamac-runner"
-    with pytest.raises(DeviceError) as info:
-        find_emulator("max,wings=on").open_runner(runner, weights, None)
-    assert "wings" in info.value.cause
 
 
 @pytest.mark.needs("qemu-aarch64")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llamac.runtime.errors import ToolchainMissing
-from llamac.targets import toolchain
+from llamac.targets import machine_code, toolchain
 from llamac.tools import doctor
 from llamac.tools.cli import main
 from llamac.tools.doctor import FAIL, NOTE, OK, Finding
@@ -92,8 +92,62 @@ def test_a_missing_emulator_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "qemu").chmod(0o755)
     finding = doctor.examine_emulator()
     assert finding.status == "ok"
-    assert "7.2.22" in finding.found
-    assert "SME kernels need version 10" in finding.found and "plug-ins" in finding.found
+    assert finding.found.endswith(
+        "7.2.22, CPU model max,sme=off; counting instructions needs one that loads plug-ins, as "
+        "Debian 12's does; SME kernels need version 10"
+    )
+
+
+def test_an_emulator_says_what_it_can(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One that loads plug-ins counts; SME is right from version 10 on."""
+    monkeypatch.delenv("QEMU_CPU", raising=False)
+    monkeypatch.setenv("LLAMAC_QEMU", str(tmp_path / "qemu"))
+    (tmp_path / "qemu").write_text("#!/bin/sh\necho qemu-aarch64 version 10.0.2 -plugin\n")
+    (tmp_path / "qemu").chmod(0o755)
+    found = doctor.examine_emulator().found
+    assert found == "qemu 10.0.2, CPU model max; counts instructions; runs SME kernels"
+
+
+def test_a_wrong_emulator_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A variable that names another program, and a CPU model that does not exist."""
+    monkeypatch.setenv("LLAMAC_QEMU", "true")
+    finding = doctor.examine_emulator()
+    assert (finding.status, "is not QEMU" in finding.found) == (NOTE, True)
+    (tmp_path / "qemu").write_text("#!/bin/sh\necho qemu-aarch64 version 10.0.2; echo '  max'\n")
+    (tmp_path / "qemu").chmod(0o755)
+    monkeypatch.setenv("LLAMAC_QEMU", str(tmp_path / "qemu"))
+    monkeypatch.setenv("QEMU_CPU", "cortex-none")
+    finding = doctor.examine_emulator()
+    assert (finding.status, "no CPU model" in finding.found) == (NOTE, True)
+    assert finding.fix
+
+
+def test_missing_llvm_tools_are_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They only predict; an old one counts as none."""
+    search_again = machine_code.find_llvm_tool.__wrapped__  # what it found before is cached
+    monkeypatch.setattr(machine_code, "find_llvm_tool", search_again)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finding = doctor.examine_llvm_tools()
+    assert finding.status == NOTE
+    assert finding.found == "no llvm-mca and no llvm-objdump of version 16 or later"
+    assert finding.fix.startswith("apt-get install llvm")
+    for name, version in (("llvm-mca", 19), ("llvm-objdump", 14)):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho LLVM version {version}.0.0\n")
+        (tmp_path / name).chmod(0o755)
+    assert doctor.examine_llvm_tools().found == "no llvm-objdump of version 16 or later"
+    (tmp_path / "llvm-objdump").write_text("#!/bin/sh\necho LLVM version 16.0.0\n")
+    finding = doctor.examine_llvm_tools()
+    assert finding.status == OK
+    assert finding.found == f"{tmp_path}/llvm-mca, {tmp_path}/llvm-objdump"
+
+
+def test_a_plugin_is_ready_if_it_is_for_one_of_its_socs() -> None:
+    """Apple's files name the Arm plug-in, which makes no libraries for them, and come first."""
+    [finding] = (f for f in doctor.examine_plugins() if f.what == "plug-in arm-cpu")
+    if finding.status == OK:
+        assert finding.found.endswith(", ready")
+    else:
+        assert "flavour" not in finding.found
 
 
 @pytest.mark.parametrize(
