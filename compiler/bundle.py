@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from llamac.runtime.checks import WeightsHeader
 from llamac.runtime.errors import OutputError
 from llamac.runtime.manifest import MANIFEST_NAME, FileEntry, file_sha256, sample_sha256
+from llamac.targets.base import Artifact
 from llamac.targets.program import Pack, ProgramTensor
 
 WEIGHTS = "weights.bin"
@@ -163,6 +165,12 @@ def file_entry(bundle: Path, name: str, role: str) -> FileEntry:
     path = bundle / name
     sample = sample_sha256(path) if role == "weights" else None
     return FileEntry(role, path.stat().st_size, file_sha256(path), sample)
+
+
+def artifact_entry(bundle: Path, artifact: Artifact) -> FileEntry:
+    """The entry of a file that a target wrote, with what the target says of it."""
+    entry = file_entry(bundle, str(artifact.path), artifact.role)
+    return replace(entry, flavour=artifact.flavour, note=artifact.note)
 
 
 def sync_folder(bundle: Path) -> None:

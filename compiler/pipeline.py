@@ -10,19 +10,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from numpy.typing import NDArray
 
+from llamac.compiler.built_model import opener
 from llamac.compiler.bundle import (
     PROGRAM,
     TOKENIZER,
     WEIGHTS,
+    artifact_entry,
     bundle_folder,
     check_space,
-    file_entry,
     remove_build_files,
     sync_folder,
     write_header,
@@ -38,9 +38,7 @@ from llamac.compiler.describe import (
 )
 from llamac.compiler.dump import Dump
 from llamac.compiler.progress import Progress, Report
-from llamac.runtime import system
-from llamac.runtime.errors import NumericsError, TargetUnknown, ToolchainMissing, UsageError
-from llamac.runtime.library import open_library
+from llamac.runtime.errors import NumericsError, TargetUnknown, UsageError
 from llamac.runtime.manifest import (
     MANIFEST_NAME,
     FunctionEntry,
@@ -55,9 +53,6 @@ from llamac.targets.base import Artifact, Identity, Lowered, LowerOptions, Targe
 from llamac.targets.program import Program
 from llamac.targets.registry import make_target
 from llamac.targets.soc import load_soc
-
-if TYPE_CHECKING:
-    from llamac.compiler.verify import OpenModel
 
 DEFAULT_CONTEXT = 8192
 LARGEST_CONTEXT = 131072  # what Llama 3 was trained for
@@ -176,7 +171,8 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
             )
             (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
             sync_folder(folder)
-    progress.report.notes = [*manifest.quantization.notes]
+    notes = (f"{name}: {entry.note}" for name, entry in manifest.files.items() if entry.note)
+    progress.report.notes = [*manifest.quantization.notes, *notes]
     progress.report.files = {name: entry.bytes for name, entry in manifest.files.items()}
     return progress.report
 
@@ -335,13 +331,12 @@ def _verify(
     """
     from llamac.compiler.verify import verify_library  # noqa: PLC0415
 
-    [program_of] = [a for a in artifacts if a.role in ("library", "runner")][-1:]
-    opener, where = _opener(target, folder / program_of.path, folder / WEIGHTS)
-    if opener is None:
+    open_model, where = opener(target, folder, artifacts, WEIGHTS)
+    if open_model is None:
         return Verification(status="skipped", where=where)
     report = verify_library(
         program,
-        opener,
+        open_model,
         checkpoint,
         scale_dtype=config.scale_dtype,
         kv_dtype=config.kv_dtype,
@@ -356,25 +351,6 @@ def _verify(
             fix="this is a fault of llamac or of the processor: report it with `--dump`'s files",
         )
     return replace(report.to_manifest(), where=where)
-
-
-def _opener(target: Target, program: Path, weights: Path) -> tuple[OpenModel | None, str]:
-    """How to run what was built, and where it runs; None and why it cannot run here.
-
-    Args:
-        target: that built it.
-        program: the library, or the runner if it is for another architecture.
-        weights: weights.bin.
-    """
-    if target.soc.arch == system.machine():
-        return partial(open_library, program, weights), "this machine"
-    from llamac.targets.emulator import find_emulator  # noqa: PLC0415
-
-    try:
-        emulator = find_emulator()
-    except ToolchainMissing as error:
-        return None, f"{error.message}; verify later: llamac verify BUNDLE MODEL --emulate"
-    return partial(emulator.open_runner, program, weights), emulator.description
 
 
 def _manifest(
@@ -406,9 +382,6 @@ def _manifest(
         target=TargetEntry(soc.name, target.name, config.processors, soc.arch, soc.os[0], levels),
         memory=memory,
         functions=tuple(FunctionEntry(f.name, f.num_tokens) for f in program.functions),
-        files={
-            str(artifact.path): file_entry(folder, str(artifact.path), artifact.role)
-            for artifact in artifacts
-        },
+        files={str(artifact.path): artifact_entry(folder, artifact) for artifact in artifacts},
         verification=verification,
     )

@@ -30,11 +30,15 @@ __all__ = [
     "check_level",
     "check_memory",
     "check_target",
+    "library_name",
     "verify_files",
     "verify_sizes",
 ]
 
 MEMORY_RESERVE_BYTES = 64 << 20
+
+# The same kernel below; which C library a process has decides about its library.
+FLAVOURED_SYSTEMS = ("linux", "android")
 
 
 @dataclass(frozen=True)
@@ -166,18 +170,39 @@ def check_target(manifest: Manifest) -> None:
 
     Raises:
         AbiMismatch: the library was made for another version of the runtime.
-        CpuUnsupported: it was made for another architecture or operating system.
+        CpuUnsupported: it was made for another architecture, operating system or C library.
     """
     check_abi(manifest)
     target = manifest.target
     here = (system.machine(), system.operating_system())
-    if (target.arch, target.os) != here:
+    systems = (target.os,) if None in manifest.libraries() else FLAVOURED_SYSTEMS
+    if here[0] != target.arch or here[1] not in systems:
         raise CpuUnsupported(
             f"the bundle is for {target.arch} {target.os} ({target.soc}), this machine is "
             f"{here[0]} {here[1]}",
             cause="a bundle holds machine code for one architecture and operating system",
             fix="compile with `--target host`, or run the bundle with `llamac run --emulate`",
         )
+    library_name(manifest)
+
+
+def library_name(manifest: Manifest) -> str:
+    """Return the name of the library that this process can load: the one for its C library.
+
+    Raises:
+        CpuUnsupported: there is none.
+    """
+    libraries = manifest.libraries()
+    wanted = None if None in libraries else system.c_library()
+    if wanted not in libraries:
+        flavours = ", ".join(sorted(filter(None, libraries)))
+        raise CpuUnsupported(
+            f"the bundle has no library for {wanted or 'this C library'}, it has {flavours}",
+            cause="a library works with one C library only, that of the process which loads it",
+            fix="compile the model again with this version of llamac, or use a Python that was "
+            f"built for {flavours}",
+        )
+    return libraries[wanted]
 
 
 def check_level(manifest: Manifest, level: str | None) -> None:

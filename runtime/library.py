@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llamac.runtime import system
 from llamac.runtime.errors import AbiMismatch, BundleInvalid, SessionClosed
 from llamac.runtime.manifest import ABI_VERSION
 from llamac.runtime.status import error_of_status
@@ -43,6 +44,9 @@ __all__ = [
 ]
 
 MAX_THREADS = 64
+
+_MACHINE_FIELD = slice(18, 20)  # of an ELF file: e_machine
+_ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 
 
 class _Error(ctypes.Structure):
@@ -122,7 +126,7 @@ class Library:
             self._functions = ctypes.CDLL(str(path.resolve()))
         except OSError as error:
             raise BundleInvalid(
-                f"the library {path} cannot be loaded: {error}",
+                f"the library {path} cannot be loaded: {_foreign_code(path) or error}",
                 cause="it was built for another system, or lies where programs may not run",
                 fix="compile for this system; move the bundle to a folder that allows programs",
             ) from error
@@ -176,6 +180,17 @@ class Library:
             "llamac_read_bandwidth", threads, num_bytes, tenths, array if cpus else None, len(cpus)
         )
         return float(result)
+
+
+def _foreign_code(path: Path) -> str:
+    """Say whose code an ELF file holds if not this process's; glibc says "no such file" then."""
+    with path.open("rb") as file:
+        header = file.read(_MACHINE_FIELD.stop)
+    machine = int.from_bytes(header[_MACHINE_FIELD], "little")
+    name = _ELF_MACHINES.get(machine, f"ELF machine {machine}")
+    if not header.startswith(b"\x7fELF") or name == system.machine():
+        return ""
+    return f"it holds code for {name}, this process runs code for {system.machine()}"
 
 
 def _abi_mismatch(message: str, *, is_newer: bool) -> AbiMismatch:

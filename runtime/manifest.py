@@ -59,6 +59,7 @@ NotNegative = Annotated[int, AtLeast(0)]
 Positive = Annotated[float, AtLeast(1e-30)]
 Sha256 = Annotated[str, Matches("[0-9a-f]{64}")]
 Name = Annotated[str, Matches(".+")]
+Flavour = Annotated[str, Matches("[a-z0-9]+")]
 
 
 @dataclass(frozen=True)
@@ -191,12 +192,19 @@ class Verification:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of the bundle; `sample_sha256` for files too large to hash at each load."""
+    """One file of the bundle.
+
+    `sample_sha256` is for files too large to hash at each load. `flavour` is the C library that a
+    library was linked for ("glibc", "musl", "android"), where the bundle has one for each. `note`
+    is what a user should know of the file.
+    """
 
     role: Name
     bytes: NotNegative
     sha256: Sha256
     sample_sha256: Sha256 | None = None
+    flavour: Flavour | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -218,9 +226,14 @@ class Manifest:
     abi_version: int = ABI_VERSION
 
     def file(self, role: str) -> str:
-        """Return the name of the one file of that role ("library", "weights", "tokenizer")."""
+        """Return the name of the one file of that role ("weights", "tokenizer")."""
         (name,) = (name for name, entry in self.files.items() if entry.role == role)
         return name
+
+    def libraries(self) -> dict[str | None, str]:
+        """Return the names of the libraries by flavour; None is the flavour of the only one."""
+        libraries = (item for item in self.files.items() if item[1].role == "library")
+        return {entry.flavour: name for name, entry in libraries}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest as JSON values, the format's own fields first."""
@@ -228,8 +241,9 @@ class Manifest:
         head = ("format", "format_version", "abi_version")
         result = {name: values.pop(name) for name in head} | values
         for entry in result["files"].values():
-            if entry["sample_sha256"] is None:
-                del entry["sample_sha256"]
+            for name in ("sample_sha256", "flavour", "note"):
+                if not entry[name]:
+                    del entry[name]
         return result
 
     def to_json(self) -> str:
@@ -306,13 +320,27 @@ def _check_files(manifest: Manifest) -> None:
         ):
             raise SchemaError(f"files[{name!r}]", "is not a plain path inside the bundle")
     roles = [entry.role for entry in manifest.files.values()]
-    for role in ("library", "weights", "tokenizer"):
+    _check_libraries(manifest)
+    for role in ("weights", "tokenizer"):
         if roles.count(role) != 1:
             raise SchemaError("files", f"has {roles.count(role)} files of role {role!r}, not one")
     if manifest.files[manifest.file("weights")].sample_sha256 is None:
         raise SchemaError(f"files[{manifest.file('weights')!r}].sample_sha256", "is missing")
     if manifest.tokenizer.file != manifest.file("tokenizer"):
         raise SchemaError("tokenizer.file", "is not the file of role 'tokenizer'")
+
+
+def _check_libraries(manifest: Manifest) -> None:
+    """One library without flavour, or one of each flavour."""
+    count = sum(entry.role == "library" for entry in manifest.files.values())
+    flavours = manifest.libraries()
+    if count == 0:
+        raise SchemaError("files", "has 0 files of role 'library'")
+    if count > 1 and (None in flavours or len(flavours) < count):
+        raise SchemaError("files", f"has {count} files of role 'library', not one of each flavour")
+    for name, entry in manifest.files.items():
+        if entry.flavour is not None and entry.role != "library":
+            raise SchemaError(f"files[{name!r}].flavour", "is for libraries only")
 
 
 def _check_ids(manifest: Manifest) -> None:

@@ -87,13 +87,13 @@ class ThisMachine:
     """The machine and the process of this program, which loads the bundle's library."""
 
     def check(self, bundle: Path, manifest: Manifest) -> None:
-        """Compare architecture, operating system and version."""
+        """Compare architecture, operating system, C library and version."""
         checks.check_target(manifest)
 
     def open(self, bundle: Path, manifest: Manifest, level: str | None) -> NativeModel:
         """Load the library and open the weights."""
         return open_library(
-            bundle / manifest.file("library"), bundle / manifest.file("weights"), level
+            bundle / checks.library_name(manifest), bundle / manifest.file("weights"), level
         )
 
 

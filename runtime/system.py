@@ -7,7 +7,14 @@ import platform
 import sys
 from pathlib import Path
 
-__all__ = ["available_memory", "default_threads", "machine", "operating_system", "usable_cpus"]
+__all__ = [
+    "available_memory",
+    "c_library",
+    "default_threads",
+    "machine",
+    "operating_system",
+    "usable_cpus",
+]
 
 _MACHINE_ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 
@@ -22,6 +29,18 @@ def operating_system() -> str:
     """Return the operating system as manifests name it: "linux", "android", "darwin"."""
     # Python on Android calls itself Linux before 3.13; only there does sys have this function.
     return "android" if hasattr(sys, "getandroidapilevel") else platform.system().lower()
+
+
+def c_library() -> str:
+    """Return the C library of this process: "glibc", "musl", "android" (bionic); else ""."""
+    system = operating_system()
+    if system != "linux":
+        return "android" if system == "android" else ""
+    try:
+        name = os.confstr("CS_GNU_LIBC_VERSION")
+    except (AttributeError, ValueError, OSError):  # this name of glibc is unknown to others
+        name = None
+    return "glibc" if name else "musl"
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llamac.targets.base import Artifact
+from llamac.targets.base import Artifact, Missing
 from llamac.targets.cpu.target import RUNTIME_SOURCES, CpuTarget
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ ALWAYS = frozenset({"neon", "dotprod"})
 IF_PRESENT = frozenset({"i8mm", "sme"})
 # Phones that show SVE have vectors of 128 bits, for which NEON is as fast.
 IF_LISTED = frozenset({"sve"})
+
+# glibc 2.28 is that of Debian 10 and of all later systems; musl has one version of each symbol.
+LINUX_TARGETS = {"glibc": "aarch64-linux-gnu.2.28", "musl": "aarch64-linux-musl"}
 
 
 class ArmCpu(CpuTarget):
@@ -55,28 +58,47 @@ class ArmCpu(CpuTarget):
         model = scheduling_model(self.soc.clusters[0].mcpu)
         return [scheduled_for(isa, model) for isa in ARM_LEVELS if isa.name in wanted]
 
+    def check(self) -> Sequence[Missing]:
+        """A C compiler that can link for the target, and the NDK if the user names one."""
+        from llamac.runtime.errors import ToolchainMissing  # noqa: PLC0415
+        from llamac.targets.bionic import find_ndk  # noqa: PLC0415
+
+        missing = list(super().check())
+        try:
+            find_ndk()
+        except ToolchainMissing as error:
+            why = f"{error.message}: {error.cause}"
+            missing.append(Missing(what="a usable Android NDK", why=why, fix=error.fix))
+        return missing
+
     def link(self, sources: Sequence[Path], objects: Sequence[Path], out: Path) -> list[Artifact]:
-        """One library per flavour, and the static runner."""
+        """One library for each C library, and the static runner."""
+        from llamac.targets.bionic import link_for_bionic  # noqa: PLC0415
         from llamac.targets.runner_program import RUNNER, RUNNER_ROLE, link_runner  # noqa: PLC0415
         from llamac.targets.toolchain import find_toolchain, link_shared  # noqa: PLC0415
 
         toolchain = find_toolchain()
-        artifacts = []
-        for flavour, target in (("glibc", "aarch64-linux-gnu.2.28"),):
-            library = out / "lib" / flavour / "libmodel.so"
-            library.parent.mkdir(parents=True, exist_ok=True)
-            link_shared(
-                toolchain,
-                sources=sources,
-                objects=objects,
-                include_dirs=[RUNTIME_SOURCES],
-                out=library,
-                target=target,
-                soname=library.name,
-                exports=["llamac_*", "__tvm_ffi_*"],
-            )
-            artifacts.append(Artifact(library.relative_to(out), "library"))
+        libraries = {flavour: out / "lib" / flavour / "libmodel.so" for flavour in self.flavours}
+        for library in libraries.values():
+            library.parent.mkdir(parents=True)
+        inputs: dict[str, Any] = {
+            "sources": sources,
+            "objects": objects,
+            "include_dirs": [RUNTIME_SOURCES],
+            "soname": "libmodel.so",
+            "exports": ["llamac_*", "__tvm_ffi_*"],
+        }
+        note = link_for_bionic(toolchain, out=libraries["android"], **inputs)
+        for flavour, target in LINUX_TARGETS.items():
+            link_shared(toolchain, out=libraries[flavour], target=target, **inputs)
         runner = out / RUNNER
         runner.parent.mkdir(exist_ok=True)
         link_runner(toolchain, entry=sources[0], objects=objects, arch=self.soc.arch, out=runner)
-        return [*artifacts, Artifact(RUNNER, RUNNER_ROLE)]
+        notes = {"android": note}
+        return [
+            *(
+                Artifact(path.relative_to(out), "library", flavour, notes.get(flavour, ""))
+                for flavour, path in libraries.items()
+            ),
+            Artifact(RUNNER, RUNNER_ROLE),
+        ]

@@ -100,10 +100,19 @@ class Identity:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file that a target wrote: its path inside the bundle, and its role in the manifest."""
+    """A file that a target wrote.
+
+    Attributes:
+        path: inside the bundle.
+        role: in the manifest.
+        flavour: of a library, where there is one for each C library; see FileEntry.
+        note: what the user should know of it (printed, and written to the manifest).
+    """
 
     path: Path
     role: str
+    flavour: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,8 @@ _COMPILE_FLAGS = ("-std=c11", "-O2", "-g0", "-fvisibility=hidden")
 
 # 16 KiB pages: recent Android phones refuse libraries with smaller alignment.
 # Build ids and symbol tables would make equal inputs give different files.
-_LINK_FLAGS = ("-Wl,-z,max-page-size=16384", "-Wl,--build-id=none", "-Wl,-s")
+_PAGE_BYTES = 16384
+_LINK_FLAGS = (f"-Wl,-z,max-page-size={_PAGE_BYTES}", "-Wl,--build-id=none", "-Wl,-s")
 
 # Both hash styles: bionic before API 23 knows only the old one.
 _SHARED_FLAGS = ("-shared", "-fPIC", "-Wl,--hash-style=both", "-Wl,--no-undefined")
@@ -44,11 +46,14 @@ class Toolchain:
         command: how to call it, without arguments.
         name: "zig", or the name of the system compiler.
         version: what it says about itself.
+        target: the only one that it links for, "aarch64-linux-android28"; "": zig's choice of
+            many, or for a system compiler the host.
     """
 
     command: tuple[str, ...]
     name: str
     version: str
+    target: str = ""
 
     @property
     def is_zig(self) -> bool:
@@ -69,15 +74,21 @@ def find_toolchain() -> Toolchain:
             return Toolchain((*zig, "cc"), "zig", version)
     for name in _SYSTEM_COMPILERS:
         path = shutil.which(name)
-        version = _first_line((path, "--version")) if path else ""
-        if path and version:
-            return Toolchain((path,), name, version)
+        found = find_compiler(path, name) if path else None
+        if found is not None:
+            return found
     raise ToolchainMissing(
         "no C compiler was found",
         cause=f"this Python has no ziglang package, and {', '.join(_SYSTEM_COMPILERS)} "
         "are not on PATH or do not run",
         fix="pip install ziglang",
     )
+
+
+def find_compiler(path: str, name: str, target: str = "") -> Toolchain | None:
+    """Return the compiler at that path, or None if it does not run; see Toolchain."""
+    version = _first_line((path, "--version"))
+    return Toolchain((path,), name, version, target) if version else None
 
 
 def link_shared(
@@ -112,20 +123,13 @@ def link_shared(
         BuildFailed: the compiler or linker reported an error.
         ToolchainMissing: a system compiler was asked to link for another system.
     """
-    linker_script = out.with_name(out.name + ".exports") if exports else None
     flags = [*_SHARED_FLAGS]
     if soname is not None:
         flags.append(f"-Wl,-soname,{soname}")
-    if linker_script is not None:
-        names = "".join(f" {name};" for name in exports)
-        linker_script.write_text(f"{{ global:{names} local: *; }};\n", encoding="ascii")
-        flags.append(f"-Wl,--version-script={linker_script}")
-    try:
+    with _version_script(exports, out) as script:
+        flags += [f"-Wl,{flag}" for flag in script]
         arguments = [*flags, *cflags, *_inputs(sources, objects, include_dirs)]
         _build(toolchain, target, arguments, out)
-    finally:
-        if linker_script is not None:
-            linker_script.unlink()
 
 
 def link_executable(
@@ -154,6 +158,81 @@ def link_executable(
         ToolchainMissing: a system compiler was asked to link for another system.
     """
     _build(toolchain, target, [*cflags, *_inputs(sources, objects, include_dirs)], out)
+
+
+def compile_object(
+    zig: Toolchain,
+    *,
+    sources: Sequence[Path],
+    include_dirs: Sequence[Path],
+    out: Path,
+    target: str,
+    cflags: Sequence[str] = (),
+) -> None:
+    """Compile C files for a shared library into one object; only zig merges them.
+
+    Args:
+        zig: from `find_toolchain`.
+        sources: as for `link_shared`.
+        include_dirs: for the sources.
+        out: the object.
+        target: zig's name of CPU, system and C library, whose headers are used.
+        cflags: more flags.
+
+    Raises:
+        BuildFailed: the compiler reported an error.
+    """
+    flags = [*_target_flags(zig, target), *_COMPILE_FLAGS, "-fPIC", *cflags]
+    inputs = _inputs(sources, (), include_dirs)
+    _run(zig, [*zig.command, *flags, "-c", *inputs, "-o", str(out)], out)
+
+
+def link_objects(
+    zig: Toolchain,
+    objects: Sequence[Path],
+    *,
+    out: Path,
+    soname: str,
+    exports: Sequence[str] = (),
+) -> None:
+    """Link objects and shared libraries into a shared library, and nothing else with them.
+
+    zig's lld does it, without the C library and start files that `zig cc` adds, so it also links
+    for systems whose C library zig does not know. What no object and no library has is an error.
+
+    Args:
+        zig: from `find_toolchain`.
+        objects: object files, and shared libraries that the result shall need if it uses them.
+        out: the library.
+        soname: DT_SONAME.
+        exports: as for `link_shared`.
+
+    Raises:
+        BuildFailed: the linker reported an error.
+    """
+    # As `zig cc` does it: kernels have helpers that nobody calls any more.
+    flags = ["-shared", "--eh-frame-hdr", "--gc-sections", "--as-needed", "-z", "text", "-z", "now"]
+    flags += ["-z", f"common-page-size={_PAGE_BYTES}"]  # read-only relocations end at a page, too
+    for flag in (*_LINK_FLAGS, *_SHARED_FLAGS):
+        flags += flag.removeprefix("-Wl,").split(",") if flag.startswith("-Wl,") else []
+    with _version_script(exports, out) as script:
+        flags += [*script, "-soname", soname, *map(str, objects), "-o", str(out)]
+        _run(zig, [*zig.command[:-1], "ld.lld", *flags], out)
+
+
+@contextmanager
+def _version_script(exports: Sequence[str], out: Path) -> Iterator[list[str]]:
+    """Give the linker's flags that leave only these symbols visible; none if all may be."""
+    if not exports:
+        yield []
+        return
+    script = out.with_name(out.name + ".exports")
+    names = "".join(f" {name};" for name in exports)
+    script.write_text(f"{{ global:{names} local: *; }};\n", encoding="ascii")
+    try:
+        yield [f"--version-script={script}"]
+    finally:
+        script.unlink()
 
 
 def _inputs(
@@ -214,10 +293,12 @@ def _target_flags(toolchain: Toolchain, target: str) -> tuple[str, ...]:
     """Flags that select the target; for a system compiler only the host is possible."""
     if toolchain.is_zig:
         return ("-target", target)
-    if not _is_host(target):
+    if toolchain.target == target:
+        return ("-Wl,-z,text",)
+    if toolchain.target or not _is_host(target):
         raise ToolchainMissing(
             f"{toolchain.name} cannot link for {target}",
-            cause="a system compiler links for this machine only",
+            cause=f"it links for {toolchain.target or 'this machine'} only",
             fix="pip install ziglang",
         )
     return ("-Wl,-z,text",)  # the default of zig's linker, which does not know the flag

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,50 @@ def test_reading_what_was_written_gives_an_equal_manifest() -> None:
 def test_files_are_found_by_role() -> None:
     manifest = parse(DOCUMENT)
     assert manifest.file("library") == "lib/libmodel.so"
+    assert manifest.libraries() == {None: "lib/libmodel.so"}
     assert manifest.file("weights") == "weights.bin"
+
+
+def with_libraries(*flavours: str | None, **more: str) -> dict[str, Any]:
+    """The document with one library for each flavour; None: without one."""
+    document = json.loads(json.dumps(DOCUMENT))
+    del document["files"]["lib/libmodel.so"]
+    for index, flavour in enumerate(flavours):
+        entry = DOCUMENT["files"]["lib/libmodel.so"] | more
+        named = entry if flavour is None else {**entry, "flavour": flavour}
+        document["files"][f"lib/{index}.so"] = named
+    return document
+
+
+def test_there_may_be_a_library_for_each_c_library() -> None:
+    """Written as they were read, with what there is to know of them."""
+    document = with_libraries("glibc", "musl", note="not loaded anywhere")
+    manifest = parse(document)
+    assert manifest.libraries() == {"glibc": "lib/0.so", "musl": "lib/1.so"}
+    assert json.loads(manifest.to_json()) == document
+
+
+@pytest.mark.parametrize(
+    ("flavours", "problem"),
+    [
+        ((), "files has 0 files of role 'library'"),
+        ((None, None), "files has 2 files of role 'library', not one of each flavour"),
+        (("musl", "musl"), "not one of each flavour"),
+        (("musl", "glibc", None), "files has 3 files of role 'library', not one of each flavour"),
+        (("Musl 1",), "flavour is 'Musl 1'"),
+        (("",), "flavour is ''"),
+    ],
+)
+def test_two_libraries_must_not_be_for_the_same(
+    flavours: tuple[str | None, ...], problem: str
+) -> None:
+    with pytest.raises(BundleInvalid, match=re.escape(problem)):
+        parse(with_libraries(*flavours))
+
+
+def test_only_libraries_have_flavours() -> None:
+    with pytest.raises(BundleInvalid, match=r"weights\.bin'\]\.flavour is for libraries only"):
+        parse(changed("files/weights.bin/flavour", "glibc"))
 
 
 @pytest.mark.parametrize(
