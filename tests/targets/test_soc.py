@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -96,8 +97,14 @@ def test_host_levels_are_those_of_the_kernels() -> None:
 
 
 def test_arm_levels_of_files_are_those_of_the_kernels() -> None:
-    """A level that a file lists has the features that its kernels are generated for."""
-    features = {isa.name: sorted(isa.features) for isa in ARM_LEVELS}
+    """A level that a file lists has the features that its kernels are generated for.
+
+    Kernels may ask for a length of vectors behind the feature ("sve256"), which files do not say.
+    """
+    features = {
+        isa.name: sorted(re.sub(r"^(sve|sme)\d{3}$", r"\1", word) for word in isa.features)
+        for isa in ARM_LEVELS
+    }
     levels = [level for name in ALL if name != "host" for level in load_soc(name).levels]
     assert levels
     for level in levels:
