@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from llamac.runtime.errors import LlamacError, ToolchainMissing
 from llamac.runtime.manifest import Manifest
 from llamac.targets.base import Progress
 from llamac.targets.machine_code import PACKAGE, disassemble, find_llvm_tool
-from llamac.targets.mca import CORES, MODELS, Loop, find_mca, hot_loop, macs_per_cycle
+from llamac.targets.mca import CORES, MODELS, find_mca, hot_loop, macs_per_cycle
 from llamac.targets.soc import load_soc
 
 LIBRARY_ROLE = "library"
@@ -26,7 +26,7 @@ class HotLoop:
         kernel: its name.
         instructions: of one iteration.
         macs: int8 products of one iteration.
-        macs_per_cycle: by model, a key of MODELS; None where a model rejects the loop.
+        macs_per_cycle: by model, a key of MODELS; None where the model rejects the loop.
     """
 
     kernel: str
@@ -40,7 +40,13 @@ class HotLoop:
 
 
 def find_hot_loops(
-    bundle: Path, manifest: Manifest, kernels: Sequence[str], level: str, progress: Progress
+    bundle: Path,
+    manifest: Manifest,
+    kernels: Sequence[str],
+    level: str,
+    *,
+    models: Collection[str] = MODELS,
+    progress: Progress,
 ) -> list[HotLoop]:
     """Disassemble the bundle's library and look at each kernel that multiplies int8.
 
@@ -51,6 +57,7 @@ def find_hot_loops(
         manifest: of the bundle.
         kernels: names, without the level; each is looked at once.
         level: name of the level whose kernels are meant.
+        models: keys of MODELS.
         progress: called with each kernel.
 
     Returns:
@@ -77,13 +84,11 @@ def find_hot_loops(
         if loop is not None:
             # Kernels that differ in a size alone have the same loop, up to addresses.
             key = tuple(instruction.text for instruction in loop.code)
-            cycles = seen[key] = seen.get(key) or _on_all_models(loop)
+            cycles = seen[key] = seen.get(key) or {
+                name: macs_per_cycle(loop, MODELS[name]) for name in models
+            }
             found.append(HotLoop(kernel, loop.instructions, loop.macs, cycles))
     return found
-
-
-def _on_all_models(loop: Loop) -> dict[str, float | None]:
-    return {name: macs_per_cycle(loop, model) for name, model in MODELS.items()}
 
 
 def library_of(bundle: Path, manifest: Manifest) -> Path:

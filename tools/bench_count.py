@@ -184,12 +184,16 @@ def _hot_loops(
     args: argparse.Namespace, manifest: Manifest, costs: Sequence[FunctionCost], level: str
 ) -> list[HotLoop] | None:
     """The hot loops of all kernels that ran; None, and a line about it, without llvm-mca."""
-    from llamac.targets.hot_loops import find_hot_loops  # noqa: PLC0415
+    from llamac.targets.hot_loops import find_hot_loops, models_of  # noqa: PLC0415
+    from llamac.targets.mca import MODELS  # noqa: PLC0415
 
+    models = [*MODELS] if args.json else [model for _, model in models_of(manifest)]
     kernels = [kernel.name for cost in costs for kernel in cost.kernels if kernel.macs]
     try:
         with progress_for(args).stage("predict cycles of hot loops") as stage:
-            loops = find_hot_loops(args.bundle, manifest, kernels, level, stage.update)
+            loops = find_hot_loops(
+                args.bundle, manifest, kernels, level, models=models, progress=stage.update
+            )
     except ToolchainMissing as error:
         if not args.quiet:
             notice(f"{COUNTED}\n{error.message}: {error.fix}")

@@ -47,10 +47,12 @@ static uint64_t counts[NUM_CLASSES], at_begin[NUM_CLASSES];
 static bool is_inside;
 static FILE *out;
 
+/* sdot, udot, usdot, sudot, of vectors and by element. */
 static bool is_dot(uint32_t insn) {
   uint32_t vector = insn & 0x9fe0fc00, element = insn & 0x9fc0f400, sve = insn & 0xffe0f800;
   return vector == 0x0e809400 || vector == 0x0e809c00 || element == 0x0f80e000 ||
-         element == 0x0f00f000 || sve == 0x44800000 || sve == 0x44a00000;
+         element == 0x0f80f000 || element == 0x0f00f000 || sve == 0x44800000 ||
+         sve == 0x44a00000 || sve == 0x44807800 || sve == 0x44a01800;
 }
 
 static bool is_mmla(uint32_t insn) {
@@ -68,12 +70,18 @@ static bool is_load(uint32_t insn) {
   return opc & 1;
 }
 
+/* Of SME's group: whether it moves memory, to and from ZA or (SME2) several vectors. */
+static bool is_sme_memory(uint32_t insn) {
+  uint32_t top = insn >> 25;
+  return top == 0x70 || (top == 0x50 && !(insn >> 23 & 1));
+}
+
 /* After the encoding index of the Arm architecture manual, bits 28 to 25. */
 static enum class classify(uint32_t insn) {
-  uint32_t group = insn >> 25 & 15;
-  if (group == 0 && insn >> 31) return SME;
-  if (group == 2) { /* SVE: the two highest bits and bit 29 tell loads and stores */
-    uint32_t top = insn >> 25;
+  uint32_t group = insn >> 25 & 15, top = insn >> 25;
+  if (group == 0 && insn >> 31)
+    return !is_sme_memory(insn) ? SME : insn >> 21 & 1 ? STORE : LOAD;
+  if (group == 2) { /* SVE: the highest bits tell loads and stores */
     if (top == 0x42 || top == 0x52 || top == 0x62) return LOAD;
     if (top == 0x72) return STORE;
     return is_dot(insn) ? DOT : is_mmla(insn) ? MMLA : VECTOR;
