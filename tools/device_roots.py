@@ -1,12 +1,13 @@
-"""Make what the tests of other processors run on: an arm64 Python, and an emulator that knows SME.
+"""Make what the tests of other processors run on: an emulator that knows SME, arm64 systems.
 
-    python -m llamac.tools.device_roots                # both, below build/devices
+    python -m llamac.tools.device_roots                # all, below build/devices
     python -m llamac.tools.device_roots qemu -o DIR
 
     qemu          qemu-aarch64 of version 10 or newer, unless the system has one: older ones compute
                   int8 outer products of SME wrongly
     arm64-python  sysroot/, Debian's Python 3.11 for arm64, and site/, the wheels that
                   llamac.runtime needs; about 160 MB
+    arm64-musl    sysroot/, Debian's musl for arm64, a C library that is not glibc; 1 MB
 
 Packages come from the archive and the package index that this machine's apt and pip use. Nothing is
 installed, and no right of the administrator is needed. What is there already is left as it is.
@@ -18,6 +19,7 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -50,6 +52,8 @@ PYTHON_PACKAGES = (f"python{PYTHON_VERSION}", "libstdc++6")
 WHEEL_PLATFORMS = tuple(
     f"manylinux{version}_aarch64" for version in ("_2_34", "_2_28", "_2_27", "_2_17", "2014")
 )
+MUSL_PACKAGE = "musl"
+MUSL_LOADER = Path("sysroot/lib/ld-musl-aarch64.so.1")
 PYTHON_CHECK = "import numpy, tiktoken; print(numpy.__version__, tiktoken.__version__)"
 
 
@@ -221,6 +225,29 @@ def python_command(folder: Path, cpu: str | None = None) -> list[str]:
     return [emulator.program, "-cpu", emulator.cpu, "-L", str(sysroot), str(python)]
 
 
+def _make_musl(folder: Path) -> None:
+    """Unpack one package; it needs no other."""
+    archive = host_archive()
+    notice(f"arm64-musl: reading the packages of {PYTHON_SUITE} at {archive.uri}")
+    with PrivateApt(archive, suite=PYTHON_SUITE, architecture="arm64", work=folder.parent) as apt:
+        apt.unpack([MUSL_PACKAGE], folder / "sysroot", with_dependencies=False)
+
+
+def _check_musl(folder: Path) -> str:
+    """Call the loader without a program: it says its version, and that it wants one."""
+    loader = folder / MUSL_LOADER
+    command = find_emulator().command(loader)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    version = re.search(r"^Version (\S+)", done.stderr, re.MULTILINE)
+    if version is None:
+        raise BuildFailed(
+            f"{loader} does not run",
+            cause=done.stderr.strip() or "it says nothing",
+            fix=f"remove {folder} and try again",
+        )
+    return f"musl {version[1]}"
+
+
 def roots() -> Iterator[Root]:
     """Yield everything that can be made, in the order in which one needs the other."""
     wanted = ".".join(map(str, FIRST_VERSION_WITH_SME))
@@ -233,6 +260,8 @@ def roots() -> Iterator[Root]:
         "platforms": WHEEL_PLATFORMS,
     }
     yield Root("arm64-python", recipe, _make_python, _check_python)
+    recipe = {"suite": PYTHON_SUITE, "packages": [MUSL_PACKAGE]}
+    yield Root("arm64-musl", recipe, _make_musl, _check_musl)
 
 
 def make_root(root: Root, folder: Path) -> None:

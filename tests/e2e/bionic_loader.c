@@ -23,7 +23,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "llamac.h"
+#include "use_library.h"
 
 static int *__errno(void) { return &errno; }
 
@@ -41,12 +41,6 @@ static const Elf64_Sym *table;
 static const char *strings;
 static size_t num_symbols;
 
-static void die(const char *what, const char *which) {
-  fprintf(stderr, "%s: %s\n", what, which);
-  exit(3);
-}
-
-/* The library's own symbol of that name; NULL if it has none. */
 static void *own(const char *name) {
   for (size_t i = 1; i < num_symbols; i++)
     if (table[i].st_shndx != SHN_UNDEF && strcmp(strings + table[i].st_name, name) == 0)
@@ -113,62 +107,12 @@ static void load(const unsigned char *file) {
   relocate((const Elf64_Rela *)(base + values[DT_JMPREL]), values[DT_PLTRELSZ]);
 }
 
-/* Calls a function of the library, declared in llamac.h. */
-#define CALL(name) ((__typeof__(&name))own(#name))
-
-static void check(llamac_status status, const llamac_error *error) {
-  if (status != LLAMAC_OK) die("llamac", error->message);
-}
-
-/* An error that the system numbered has its text: errno is where the library looks for it. */
-static void check_errno(void) {
-  llamac_error error;
-  llamac_model *model;
-  if (CALL(llamac_model_open)("/nonexistent", NULL, &model, &error) == LLAMAC_OK ||
-      strstr(error.message, strerror(ENOENT)) == NULL)
-    die("errno is not the system's", error.message);
-}
-
-/* A session whose thread is pinned: sets of CPUs are where the library looks for them. */
-static void check_affinity(llamac_model *model) {
-  llamac_error error;
-  llamac_session *session;
-  int32_t cpu = sched_getcpu();
-  llamac_session_options options = {
-      .struct_bytes = sizeof options, .num_threads = 1, .cpus = &cpu, .num_cpus = 1};
-  check(CALL(llamac_session_create)(model, &options, &session, &error), &error);
-  CALL(llamac_session_destroy)(session);
-}
-
-static void generate(llamac_model *model, int32_t *prompt, int num_prompt, int count) {
-  llamac_error error;
-  llamac_session *session;
-  llamac_session_options options = {.struct_bytes = sizeof options, .num_threads = 2};
-  check(CALL(llamac_session_create)(model, &options, &session, &error), &error);
-  check(CALL(llamac_session_eval)(session, prompt, num_prompt, &error), &error);
-  for (; count > 0; count--) {
-    int32_t token = CALL(llamac_session_argmax)(session);
-    printf("%d\n", token);
-    check(CALL(llamac_session_eval)(session, &token, 1, &error), &error);
-  }
-  CALL(llamac_session_destroy)(session);
-}
-
 int main(int argc, char **argv) {
-  llamac_error error;
-  llamac_model *model;
-  int32_t prompt[64];
-  int num_prompt = argc - 4;
   struct stat status;
-  if (num_prompt < 1 || num_prompt > 64) die("usage", "bionic_loader LIBRARY WEIGHTS COUNT ID...");
-  for (int i = 0; i < num_prompt; i++) prompt[i] = atoi(argv[4 + i]);
+  if (argc < 2) die("usage", "bionic_loader LIBRARY ...");
   int library = open(argv[1], O_RDONLY);
   if (library < 0 || fstat(library, &status) != 0) die(argv[1], strerror(errno));
   load(mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, library, 0));
-  check_errno();
-  check(CALL(llamac_model_open)(argv[2], NULL, &model, &error), &error);
-  check_affinity(model);
-  generate(model, prompt, num_prompt, atoi(argv[3]));
-  CALL(llamac_model_close)(model);
+  use_library(argc - 2, argv + 2);
   return 0;
 }

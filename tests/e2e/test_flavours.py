@@ -1,7 +1,8 @@
 """The libraries of an Arm bundle: what each C library must find in its own, and that they run.
 
-There is no bionic here. What its linker demands is read from the file, and `bionic_loader.c` loads
-it with bionic's names alone. Loading on a phone is not shown by any test.
+There is no bionic here. What its linker demands is read from the file, `bionic_loader.c` loads it
+with bionic's names alone, and so does musl's own loader. Loading on a phone is not shown by any
+test.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import pytest
 import llamac.runtime
 from llamac.runtime import load
 from llamac.runtime.manifest import Manifest, read_manifest
+from llamac.targets.arm_cpu import LINUX_TARGETS
 from llamac.targets.bionic import API_LEVEL, SYMBOLS
 from llamac.targets.emulator import find_emulator
 from llamac.targets.toolchain import find_toolchain, link_executable
+from llamac.tools.device_roots import RECIPE_FILE
 
 PAGE_BYTES = 16384
 CPU = "cortex-a76"
+MUSL = LINUX_TARGETS["musl"]
 NEEDED = {"glibc": {"libc.so.6", "libpthread.so.0"}, "musl": {"libc.so"}, "android": {"libc.so"}}
 
 
@@ -135,47 +139,67 @@ def test_each_library_needs_its_c_library_alone(
     assert len(exported) == 16
 
 
-@pytest.fixture(scope="module")
-def bionic_loader(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A static program that loads a library with bionic's names."""
-    folder = tmp_path_factory.mktemp("loader")
-    names = "".join(f"SYMBOL({name})\n" for name in SYMBOLS["libc.so"])
-    (folder / "symbols.inc").write_text(names)
-    link_executable(
-        find_toolchain(),
-        sources=[Path(__file__).with_name("bionic_loader.c")],
-        include_dirs=[folder, Path(llamac.runtime.__file__).parent / "c"],
-        out=folder / "bionic_loader",
-        target="aarch64-linux-musl",
-        cflags=["-static", "-Wall", "-Wextra", "-Werror"],
-    )
-    return folder / "bionic_loader"
-
-
 PROMPT = (1, 5, 9, 20, 121, 367, 260, 12, 7, 33)
 COUNT = 24
 
 
-def run_loader(loader: Path, library: Path, bundle: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def expected(bundle: Path) -> list[int]:
+    """What the runner says."""
+    with load(bundle, threads=2, machine=find_emulator(CPU)) as model, model.session() as session:
+        session.append(PROMPT)
+        tokens: list[int] = []
+        for _ in range(COUNT):
+            tokens.append(session.argmax())
+            session.append(tokens[-1:])
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Build one of the loaders here."""
+    folder = tmp_path_factory.mktemp("loaders")
+    names = "".join(f"SYMBOL({name})\n" for name in SYMBOLS["libc.so"])
+    (folder / "symbols.inc").write_text(names)
+
+    def build(source: str, target: str, *flags: str) -> Path:
+        out = folder / f"{source}-{target}"
+        if not out.exists():
+            link_executable(
+                find_toolchain(),
+                sources=[Path(__file__).with_name(source)],
+                include_dirs=[folder, Path(llamac.runtime.__file__).parent / "c"],
+                out=out,
+                target=target,
+                cflags=[*flags, "-Wall", "-Wextra", "-Werror"],
+            )
+        return out
+
+    return build
+
+
+def run_loader(
+    loader: Path, library: Path, bundle: Path, *options: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a loader with a library on an emulated CPU; options are QEMU's."""
+    emulator = find_emulator(CPU)
     arguments = (loader, library, bundle / "weights.bin", COUNT, *PROMPT)
-    command = find_emulator(CPU).command(*map(str, arguments))
+    command = [emulator.program, "-cpu", emulator.cpu, *options, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def tokens_of(done: subprocess.CompletedProcess[str]) -> list[int]:
+    assert done.returncode == 0, done.stderr
+    return [int(line) for line in done.stdout.split()]
 
 
 @pytest.mark.needs("qemu-aarch64")
 def test_android_s_library_loads_with_bionic_s_names_alone(
-    bundle: Path, library: Callable[[str], Path], bionic_loader: Path
+    bundle: Path, library: Callable[[str], Path], program: Callable[..., Path], expected: list[int]
 ) -> None:
     """Its errors have the system's text, it pins threads, and it says what the runner says."""
-    done = run_loader(bionic_loader, library("android"), bundle)
-    assert done.returncode == 0, done.stderr
-    with load(bundle, threads=2, machine=find_emulator(CPU)) as model, model.session() as session:
-        session.append(PROMPT)
-        expected = []
-        for _ in range(COUNT):
-            expected.append(session.argmax())
-            session.append(expected[-1:])
-    assert [int(line) for line in done.stdout.split()] == expected
+    loader = program("bionic_loader.c", MUSL, "-static")
+    assert tokens_of(run_loader(loader, library("android"), bundle)) == expected
 
 
 @pytest.mark.needs("qemu-aarch64")
@@ -184,9 +208,43 @@ def test_android_s_library_loads_with_bionic_s_names_alone(
     [("musl", "cannot locate symbol: "), ("glibc", "library not found: lib")],
 )
 def test_that_loader_refuses_the_other_flavours(
-    bundle: Path, library: Callable[[str], Path], bionic_loader: Path, flavour: str, problem: str
+    bundle: Path,
+    library: Callable[[str], Path],
+    program: Callable[..., Path],
+    flavour: str,
+    problem: str,
 ) -> None:
     """It is no wider than bionic."""
-    done = run_loader(bionic_loader, library(flavour), bundle)
+    done = run_loader(program("bionic_loader.c", MUSL, "-static"), library(flavour), bundle)
     assert done.returncode == 3
     assert done.stderr.startswith(problem)
+
+
+@pytest.fixture(scope="module")
+def sysroot(devices: Path) -> Callable[[str], Path]:
+    """The folder of an arm64 system with a C library."""
+
+    def find(c_library: str) -> Path:
+        root = devices / {"glibc": "arm64-python", "musl": "arm64-musl"}[c_library]
+        if not (root / RECIPE_FILE).is_file():
+            pytest.skip(f"no arm64 system with {c_library}: make devices")
+        return root / "sysroot"
+
+    return find
+
+
+@pytest.mark.needs("qemu-aarch64")
+@pytest.mark.parametrize("flavour", ["glibc", "musl", "android"])
+def test_the_loaders_of_glibc_and_musl_load_it(
+    bundle: Path,
+    library: Callable[[str], Path],
+    program: Callable[..., Path],
+    sysroot: Callable[[str], Path],
+    expected: list[int],
+    flavour: str,
+) -> None:
+    """Those of Debian; musl's takes the Android flavour too, given bionic's name of errno."""
+    c_library = "glibc" if flavour == "glibc" else "musl"
+    loader = program("system_loader.c", LINUX_TARGETS[c_library], "-dynamic", "-rdynamic")
+    done = run_loader(loader, library(flavour), bundle, "-L", str(sysroot(c_library)))
+    assert tokens_of(done) == expected
