@@ -178,8 +178,8 @@ def check_target(manifest: Manifest) -> None:
     systems = (target.os,) if None in manifest.libraries() else FLAVOURED_SYSTEMS
     if here[0] != target.arch or here[1] not in systems:
         raise CpuUnsupported(
-            f"the bundle is for {target.arch} {target.os} ({target.soc}), this machine is "
-            f"{here[0]} {here[1]}",
+            f"the bundle is for {target.arch} {' and '.join(systems)} ({target.soc}), "
+            f"this machine is {here[0]} {here[1]}",
             cause="a bundle holds machine code for one architecture and operating system",
             fix="compile with `--target host`, or run the bundle with `llamac run --emulate`",
         )

@@ -115,8 +115,12 @@ def _verification_rows(manifest: Manifest) -> list[Row]:
         rows.append(("operations compared", str(len(check.operations))))
         rows.append(("worst operation", f"{worst.name}, SQNR {worst.sqnr_db:.1f} dB"))
     rows += [(name.replace("_", " "), f"{value:.4f}") for name, value in check.nll.items()]
-    return rows
+    if check.where:
+        rows.append(("where", check.where))
+    return rows + [(name, entry.note) for name, entry in manifest.files.items() if entry.note]
 
 
 def _file_row(name: str, entry: Mapping[str, Any]) -> Row:
-    return (name, entry["role"], format_bytes(entry["bytes"]), f"sha256 {entry['sha256'][:16]}…")
+    flavour = f" for {entry['flavour']}" if "flavour" in entry else ""
+    digest = f"sha256 {entry['sha256'][:16]}…"
+    return (name, entry["role"] + flavour, format_bytes(entry["bytes"]), digest)

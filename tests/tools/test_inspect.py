@@ -28,6 +28,19 @@ def test_inspect_shows_everything(bundle: Path, capsys: pytest.CaptureFixture[st
         assert part in text
 
 
+def test_inspect_tells_libraries_apart(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By C library, and with what was not tried."""
+    document = json.loads((bundle / "manifest.json").read_text("utf-8"))
+    document["files"]["lib/libmodel.so"] |= {"flavour": "android", "note": "not loaded anywhere"}
+    document["verification"]["where"] = "qemu-aarch64 7.2.22, CPU model max"
+    (bundle / "manifest.json").write_text(json.dumps(document), "utf-8")
+    assert main(["inspect", str(bundle)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "lib/libmodel.so library for android 13 B sha256" in text
+    assert "lib/libmodel.so not loaded anywhere" in text
+    assert "where qemu-aarch64 7.2.22, CPU model max" in text
+
+
 def test_inspect_json_is_the_manifest(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--json prints what the file says, field for field."""
     assert main(["inspect", str(bundle), "--json"]) == 0
