@@ -144,10 +144,9 @@ def macs_per_cycle(loop: Loop, model: str) -> float | None:
 
 
 def _cycles(program: str, loop: Loop, model: str, iterations: int) -> int | None:
-    command = [program, "-mtriple=aarch64", f"-mcpu={model}", f"-iterations={iterations}"]
+    command = [program, "-mtriple=aarch64", f"-mcpu={model}", "-mattr=+dotprod,+i8mm"]
+    command += [f"-iterations={iterations}", "-instruction-info=0", "-resource-pressure=0"]
     text = "\n".join(instruction.text for instruction in loop.code) + "\n"
-    done = subprocess.run(
-        [*command, "-mattr=+dotprod,+i8mm"], input=text, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     found = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
     return int(found[1]) if done.returncode == 0 and found else None
