@@ -46,12 +46,12 @@ It is measured between the rounds, with as many threads, because machines drift.
 Each thread count runs in a process of its own; one unmeasured round comes first.
 --emulate runs a bundle for an Arm CPU under qemu-aarch64: it shows that the bundle works and which
 kernels a CPU gets. All times are then those of the emulator and say nothing about a device.
---count counts instead of measuring time: the instructions of each kernel, exact and the same on
-every machine, for the first chunk of the prompt and the last decoded token.
+--count counts instead of measuring time, without rounds: the instructions of each kernel, exact and
+the same on every machine, for the first chunk of the prompt and the last decoded token.
 """
 
 # Defaults: here, for emulated CPUs, which are much slower, and with --count.
-COUNTS = {"prompt_tokens": (128, 32, 32), "decode_tokens": (64, 8, 1), "rounds": (3, 1, 1)}
+COUNTS = {"prompt_tokens": (128, 32, 32), "decode_tokens": (64, 8, 1), "rounds": (3, 1, 0)}
 
 SECONDS_TO_END = 10
 
