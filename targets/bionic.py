@@ -17,6 +17,7 @@ from pathlib import Path
 
 from llamac.runtime.errors import ToolchainMissing
 from llamac.targets.toolchain import (
+    PAGE_BYTES,
     Toolchain,
     compile_object,
     find_compiler,
@@ -54,6 +55,7 @@ SYMBOLS = {
         "munmap": 21,
         "open": 21,
         "posix_memalign": 21,
+        "prctl": 21,
         "pread": 21,
         "pthread_attr_destroy": 21,
         "pthread_attr_init": 21,
@@ -78,7 +80,8 @@ SYMBOLS = {
 """Per library, the functions that we may use, and the API level at which 64-bit Arm got each.
 
 bionic's libc.map.txt, introduced-arm64; 21 is the first level with 64-bit Arm. memmove and strlen
-are here because compilers make calls of them.
+are here because compilers make calls of them. What the support library begins to call is added
+with its level, if that is not above API_LEVEL and its types are in `c/bionic.h`.
 """
 
 
@@ -142,6 +145,7 @@ def link_for_bionic(
             out=out,
             target=TARGET,
             soname=soname,
+            cflags=[f"-Wl,-z,common-page-size={PAGE_BYTES}"],  # as in link_objects
             exports=exports,
         )
         how = f"{ndk.name}, {ndk.version}"

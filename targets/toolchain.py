@@ -31,8 +31,8 @@ _COMPILE_FLAGS = ("-std=c11", "-O2", "-g0", "-fvisibility=hidden")
 
 # 16 KiB pages: recent Android phones refuse libraries with smaller alignment.
 # Build ids and symbol tables would make equal inputs give different files.
-_PAGE_BYTES = 16384
-_LINK_FLAGS = (f"-Wl,-z,max-page-size={_PAGE_BYTES}", "-Wl,--build-id=none", "-Wl,-s")
+PAGE_BYTES = 16384
+_LINK_FLAGS = (f"-Wl,-z,max-page-size={PAGE_BYTES}", "-Wl,--build-id=none", "-Wl,-s")
 
 # Both hash styles: bionic before API 23 knows only the old one.
 _SHARED_FLAGS = ("-shared", "-fPIC", "-Wl,--hash-style=both", "-Wl,--no-undefined")
@@ -212,7 +212,7 @@ def link_objects(
     """
     # As `zig cc` does it: kernels have helpers that nobody calls any more.
     flags = ["-shared", "--eh-frame-hdr", "--gc-sections", "--as-needed", "-z", "text", "-z", "now"]
-    flags += ["-z", f"common-page-size={_PAGE_BYTES}"]  # read-only relocations end at a page, too
+    flags += ["-z", f"common-page-size={PAGE_BYTES}"]  # read-only relocations end at a page, too
     for flag in (*_LINK_FLAGS, *_SHARED_FLAGS):
         flags += flag.removeprefix("-Wl,").split(",") if flag.startswith("-Wl,") else []
     with _version_script(exports, out) as script:
@@ -270,7 +270,7 @@ def _build(toolchain: Toolchain, target: str, arguments: Sequence[str], out: Pat
 
 
 def _run(toolchain: Toolchain, command: Sequence[str], out: Path) -> None:
-    """Run the compiler; turn a failure into BuildFailed with the last lines that it wrote."""
+    """Run the compiler; turn a failure into BuildFailed with its errors and its last lines."""
     done = subprocess.run(
         command,
         env=_environment(),
@@ -281,7 +281,9 @@ def _run(toolchain: Toolchain, command: Sequence[str], out: Path) -> None:
         check=False,
     )
     if done.returncode != 0:
-        lines = done.stdout.strip().splitlines()[-_LAST_LINES:]
+        lines = done.stdout.strip().splitlines()
+        errors = [line for line in lines[:-_LAST_LINES] if "error:" in line][:_LAST_LINES]
+        lines = [*errors, *lines[-_LAST_LINES:]]
         raise BuildFailed(
             f"{toolchain.name} could not build {out.name} (exit status {done.returncode})",
             cause="\n".join(lines) or "it wrote no message",

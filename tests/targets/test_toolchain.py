@@ -164,6 +164,24 @@ def test_compile_error_is_shown(toolchain: Toolchain, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.c", "bad.so"]
 
 
+def test_the_first_of_many_errors_is_shown(toolchain: Toolchain, tmp_path: Path) -> None:
+    """And the last lines too."""
+    source = tmp_path / "bad.c"
+    names = [f"missing_{i}" for i in range(9)]
+    source.write_text("".join(f"int f{i}(void) {{ return {n}; }}\n" for i, n in enumerate(names)))
+    with pytest.raises(BuildFailed) as caught:
+        link_shared(
+            toolchain,
+            sources=[source],
+            objects=[],
+            include_dirs=[],
+            out=tmp_path / "bad.so",
+            target=HOST,
+        )
+    assert all(name in caught.value.cause for name in names)
+    assert len(caught.value.cause.splitlines()) <= 24
+
+
 def test_undefined_symbols_are_refused(toolchain: Toolchain, tmp_path: Path) -> None:
     """A library that would fail at load fails at link."""
     source = tmp_path / "bad.c"
