@@ -81,6 +81,7 @@ def test_an_emulator_without_plug_ins_is_said(
     assert "dynamic build" in err
 
 
+@pytest.mark.needs("qemu-aarch64")
 def test_count_needs_the_names_of_the_operations(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,7 +89,5 @@ def test_count_needs_the_names_of_the_operations(
     manifest = bundle / "manifest.json"
     text = manifest.read_text("utf-8")
     manifest.write_text(text.replace('"role": "program"', '"role": "other"'), "utf-8")
-    if main(["bench", str(bundle), "--emulate", "--count"]) == 2:
-        assert "--count needs the names of the bundle's operations" in capsys.readouterr().err
-    else:
-        assert "error[toolchain-missing]" in capsys.readouterr().err
+    assert main(["bench", str(bundle), "--emulate", "--count"]) == 2
+    assert "--count needs the names of the bundle's operations" in capsys.readouterr().err
