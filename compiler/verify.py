@@ -204,7 +204,7 @@ def verify_library(  # noqa: PLR0913 (keywords, each with a default)
         text = list(tokens[: model.info.context_length])
         functions = _functions_to_verify(program, all_functions)
         counter = _Counter(progress, sum(len(f.steps) for f in functions) + len(text))
-        steps = StepVerifier(program, session, checkpoint, scale_dtype)
+        steps = StepVerifier(program, session, checkpoint, scale_dtype, model.info.level)
         warm_up = min(WARM_UP, model.info.context_length - 1)
         operations: list[OperationResult] = []
         for function in functions:

@@ -29,7 +29,7 @@ from llamac.compiler.verify_compare import (
     compare_float16,
 )
 from llamac.runtime.errors import NumericsError
-from llamac.targets.cpu.packing import unpack_codes
+from llamac.targets.cpu.packing import codes_arrangement, restore_codes
 from llamac.targets.program import ProgramKernel
 
 Array = NDArray[Any]
@@ -74,9 +74,11 @@ class StepReference:
     Args:
         checkpoint: the model.
         scale_dtype: what the bundle stores int4 group scales as.
+        level: whose kernels run; it decides how activation codes lie in memory.
     """
 
-    def __init__(self, checkpoint: Checkpoint, scale_dtype: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, scale_dtype: str, level: str) -> None:
+        self._arrangement = codes_arrangement(level)
         self._config, self._quant = checkpoint.config, checkpoint.quant
         self._weights, self._scale_dtype = checkpoint.weights, scale_dtype
         self._names = frozenset(checkpoint.weights.names())
@@ -159,12 +161,19 @@ class StepReference:
 
     def _codes(self, outputs: tuple[Array, ...], values: Array, *, exact: bool) -> list[Comparison]:
         """Compare codes, scale, zero point, and offsets if there are any."""
-        codes, qparams = unpack_codes(outputs[0], len(outputs[1])), outputs[1]
+        qparams = outputs[1]
+        codes = restore_codes(outputs[0], len(qparams), self._arrangement)
         parts = compare_codes(codes, qparams, values, self._quant.activation_rule, exact=exact)
         if len(outputs) > 2 and outputs[2].dtype == np.int32:
             sums = reference.group_sums(codes, codes.shape[-1] // outputs[2].shape[-1])
             parts.append(compare_equal("offsets", outputs[2], OFFSET_FACTOR * sums))
         return parts
+
+    def _codes_of(self, run: StepRun) -> Quantized:
+        """The codes that a matrix kernel read."""
+        codes, qparams = run.inputs[:2]
+        rows = restore_codes(codes, len(qparams), self._arrangement)
+        return Quantized(rows, qparams[:, 0], qparams[:, 1].astype(np.int32))
 
     def _select(self, run: StepRun) -> list[Comparison]:
         x, meta = run.inputs
@@ -176,7 +185,7 @@ class StepReference:
     # -- matrix products -------------------------------------------------------------------------
 
     def _qmatmul(self, run: StepRun) -> list[Comparison]:
-        codes, has_lora = _codes_of(run), "lora" in run.producers
+        codes, has_lora = self._codes_of(run), "lora" in run.producers
         num_codes = 3 if run.kernel.family == "qmatmul" else 2  # with offsets or without
         parts = []
         for i, name in enumerate(run.layers):
@@ -193,7 +202,7 @@ class StepReference:
     def _qmatmul_int8(self, run: StepRun) -> list[Comparison]:
         [name] = run.layers
         weight, scales = (self._weights.read(f"{name}.{part}") for part in ("weight", "scales"))
-        logits = reference.qlinear_int8(_codes_of(run), weight, scales)
+        logits = reference.qlinear_int8(self._codes_of(run), weight, scales)
         return [compare_close("logits", run.outputs[0], logits)]
 
     def _matmul(self, run: StepRun) -> list[Comparison]:
@@ -250,13 +259,6 @@ def _linear(x: Array, weight: Array) -> Float64:
     starts = range(0, len(weight), _ROW_BLOCK)
     blocks = (_as_bfloat16(weight[start : start + _ROW_BLOCK]) for start in starts)
     return np.concatenate([reference.linear(x, block) for block in blocks], axis=1)
-
-
-def _codes_of(run: StepRun) -> Quantized:
-    """The codes that a matrix kernel read."""
-    codes, qparams = run.inputs[:2]
-    rows = unpack_codes(codes, len(qparams))
-    return Quantized(rows, qparams[:, 0], qparams[:, 1].astype(np.int32))
 
 
 def _with_epilogue(run: StepRun, parts: list[Float64], num_inputs: int) -> Comparison:

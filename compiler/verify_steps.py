@@ -116,14 +116,20 @@ class StepVerifier:
         session: of the library, with memory of its own.
         checkpoint: the model.
         scale_dtype: what the bundle stores int4 group scales as.
+        level: whose kernels the session runs.
     """
 
     def __init__(
-        self, program: Program, session: BackendSession, checkpoint: Checkpoint, scale_dtype: str
+        self,
+        program: Program,
+        session: BackendSession,
+        checkpoint: Checkpoint,
+        scale_dtype: str,
+        level: str,
     ) -> None:
         self._program, self._session, self._checkpoint = program, session, checkpoint
         self._memory = SessionMemory(session)
-        self._reference = StepReference(checkpoint, scale_dtype)
+        self._reference = StepReference(checkpoint, scale_dtype, level)
 
     def verify(
         self,

@@ -9,7 +9,7 @@ one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import tvm
@@ -60,8 +60,12 @@ class KernelBuilder:
         return T.arg(name, T.buffer(shape, dtype))
 
     @contextmanager
-    def items(self) -> Iterator[Any]:
-        """Loop over the work items of this call; yields the item's index."""
+    def items(self, around: AbstractContextManager[None] | None = None) -> Iterator[Any]:
+        """Loop over the work items of this call; yields the item's index.
+
+        Args:
+            around: opens and closes a state of the CPU in which the whole loop runs.
+        """
         begin = T.arg("begin", T.int64())
         end = T.arg("end", T.int64())
         T.func_attr(
@@ -72,7 +76,7 @@ class KernelBuilder:
                 OUTPUTS_ATTR: self._outputs,
             }
         )
-        with T.serial(begin, end) as item:
+        with around or nullcontext(), T.serial(begin, end) as item:
             yield item
 
     @property

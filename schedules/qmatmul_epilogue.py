@@ -19,12 +19,29 @@ ROWS = 16
 class EpilogueShape(Protocol):
     """The fields of a shape that an epilogue reads; see `QMatmulShape`."""
 
-    m: int
-    n: int
-    epilogue: str
-    lora_rank: int
-    lora_scale: float
-    lora_splits: tuple[int, ...]
+    @property
+    def m(self) -> int:
+        """Tokens."""
+
+    @property
+    def n(self) -> int:
+        """Output columns."""
+
+    @property
+    def epilogue(self) -> str:
+        """Its name."""
+
+    @property
+    def lora_rank(self) -> int:
+        """Rank of each LoRA branch, 0 for none."""
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor of the LoRA branch."""
+
+    @property
+    def lora_splits(self) -> tuple[int, ...]:
+        """Output columns of each fused projection."""
 
     @property
     def blocks(self) -> int:

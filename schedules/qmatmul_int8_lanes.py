@@ -78,6 +78,8 @@ class Tile:
         if self._shape.m == 1:
             x = [self._words(0, group * GROUP + i) for i in (0, 16)]
             return [(x[chunk // 4], chunk % 4) for chunk in range(CHUNKS)]
+        if self._isa.codes == "panels":
+            return self._panel_codes(row0, row, group)
         token = T.Bind((row0 + row) % PANEL)
         place = token // 2 * (2 * GROUP) + token % 2 * 8
         found = {}
@@ -89,6 +91,16 @@ class Tile:
             for lane, chunk in enumerate(chunks):
                 found[chunk] = (words, lane)
         return [found[chunk] for chunk in range(CHUNKS)]
+
+    def _panel_codes(self, row0: Any, row: int, group: Any) -> list[tuple[Any, Any]]:
+        """The same from panels, where the codes of two tokens lie side by side; `row0` is even."""
+        pair = T.Bind(row0 + row // 2 * 2)
+        found = []
+        for chunk in range(CHUNKS):
+            place = chunk * 4 * PANEL + pair % PANEL * 4
+            both = self._isa.load(self._t["codes"], pair // PANEL, group, place, lanes=8)
+            found.append((T.Bind(T.reinterpret("int32x2", both)), row % 2))
+        return found
 
     def _words(self, *place: Any) -> Any:
         """Sixteen codes as four words."""

@@ -1,4 +1,4 @@
-"""The tile of `qmatmul_quads.py` with int8 matrix products: two tokens x two rows an instruction.
+"""The tile of `qmatmul_tiles.py` with int8 matrix products: two tokens x two rows an instruction.
 
 `smmla` multiplies 8 codes of two tokens with 8 codes of two rows. Per group and quad, vectors j and
 j + 1 of the packed weights are zipped by words, which puts the bytes of one row side by side, and
@@ -21,7 +21,7 @@ from tvm.tirx.script.builder import ir as T
 from llamac.schedules.intrin.arm import ArmI8mm
 from llamac.schedules.intrin.isa import join, pick
 from llamac.schedules.kernel import local, opaque
-from llamac.schedules.qmatmul_quads import Tile
+from llamac.schedules.qmatmul_tiles import Tile
 from llamac.schedules.quantize import PANEL
 
 

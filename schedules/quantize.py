@@ -17,6 +17,8 @@ matrix products of an instruction set want to read:
                   first, then of the second token, the 8 codes of two chunks of 4: (0, 2), (1, 3),
                   (4, 6), (5, 7). This is how int4 matrix products meet them (`qmatmul_quads.py`).
                   T is rounded up; what no token fills is never written.
+    panels        as pairs, but a group is 8 chunks x 16 tokens x 4 codes: a vector of 64 bytes for
+                  outer products (`qmatmul_sme.py`).
 """
 
 from __future__ import annotations
@@ -117,7 +119,8 @@ class QuantizedOutputs:
 
     def __init__(self, b: KernelBuilder, isa: Isa, tokens: int, k: int) -> None:
         self._isa, self._k = isa, k
-        self._is_paired = not has_offsets(isa) and tokens > 1
+        self._is_paired = isa.codes == "pairs" and tokens > 1
+        self._is_in_panels = isa.codes == "panels" and tokens > 1
         self._codes = b.output("codes", codes_shape(isa, tokens, k), "int8")
         self._qparams = b.output("qparams", (tokens, 2), "float32")
         if has_offsets(isa):
@@ -141,6 +144,8 @@ class QuantizedOutputs:
             codes = [code_lanes(isa, load(column), inverses, zeros) for column in columns]
             if self._is_paired:
                 self._store_pairs(row, group, codes)
+            elif self._is_in_panels:
+                self._store_panel(row, group, codes)
             else:
                 self._store_row(row, group, codes)
             if has_offsets(isa):
@@ -165,6 +170,13 @@ class QuantizedOutputs:
         for t, (a, b) in enumerate(CHUNK_PAIRS):
             narrow = T.Cast("int8x8", join([codes[a], codes[b]]))
             self._isa.store(self._codes, narrow, panel, group, first + t * 16, lanes=8)
+
+    def _store_panel(self, row: Any, group: Any, codes: list[Any]) -> None:
+        """Store the chunks of a group, each an int32x4, at the token's place in the panel."""
+        panel, first = row // PANEL, T.Bind(row % PANEL * 4)
+        for chunk, values in enumerate(codes):
+            narrow = T.Cast("int8x4", values)
+            self._isa.store(self._codes, narrow, panel, group, first + chunk * 4 * PANEL, lanes=4)
 
 
 def row_range(isa: Isa, k: int, load: RowLoader) -> tuple[Any, Any]:

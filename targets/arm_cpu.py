@@ -44,11 +44,8 @@ class ArmCpu(CpuTarget):
 
     def isas(self) -> Sequence[Isa]:
         """Instruction sets of the SoC's levels, best first."""
-        from llamac.schedules.intrin.arm import (  # noqa: PLC0415
-            ARM_LEVELS,
-            scheduled_for,
-            scheduling_model,
-        )
+        from llamac.schedules.intrin.arm import scheduled_for, scheduling_model  # noqa: PLC0415
+        from llamac.schedules.intrin.arm_levels import ARM_LEVELS  # noqa: PLC0415
 
         if self.soc.levels:
             wanted = {level.name for level in self.soc.levels}

@@ -49,11 +49,10 @@ def build_kernel_program(func: PrimFunc, isa: Isa, out: Path) -> Path:
     with open(os.memfd_create(SYMBOL), "rb") as file:  # LLVM ends the process on a full disk
         module.write_to_file(f"/proc/self/fd/{file.fileno()}", "o")
         kernel.write_bytes(file.read())
-    main = _main_object(out.parent)
     link_executable(
         find_toolchain(),
         sources=[],
-        objects=[main, kernel],
+        objects=[*_support_objects(out.parent), kernel],
         include_dirs=[],
         out=out,
         target=STATIC_TARGET,
@@ -62,19 +61,21 @@ def build_kernel_program(func: PrimFunc, isa: Isa, out: Path) -> Path:
     return out
 
 
-def _main_object(folder: Path) -> Path:
-    """The compiled main program, made once per folder."""
-    out = folder / "kernel_main.o"
-    if not out.exists():
-        link_executable(
-            find_toolchain(),
-            sources=[SOURCES / "kernel" / "kernel_main.c"],
-            include_dirs=[SOURCES],
-            out=out,
-            target=STATIC_TARGET,
-            cflags=["-c", "-DLLAMAC_MARK_KERNELS"],
-        )
-    return out
+def _support_objects(folder: Path) -> list[Path]:
+    """The compiled main program and what kernels call, made once per folder."""
+    objects = []
+    for source in (SOURCES / "kernel" / "kernel_main.c", SOURCES / "sme.c"):
+        objects.append(folder / f"{source.stem}.o")
+        if not objects[-1].exists():
+            link_executable(
+                find_toolchain(),
+                sources=[source],
+                include_dirs=[SOURCES],
+                out=objects[-1],
+                target=STATIC_TARGET,
+                cflags=["-c", "-DLLAMAC_MARK_KERNELS"],
+            )
+    return objects
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ static const struct {
     {LLAMAC_ARM_FP16, "fullfp16"},     {LLAMAC_ARM_BF16, "bf16"},
     {LLAMAC_ARM_SVE, "sve"},           {LLAMAC_ARM_SVE2, "sve2"},
     {LLAMAC_ARM_SME, "sme"},
+    {LLAMAC_ARM_SVE256, "sve256"},     {LLAMAC_ARM_SME512, "sme512"},
 };
 
 void llamac_feature_names(uint64_t features, char *text, size_t capacity) {
@@ -75,21 +76,43 @@ uint64_t llamac_cpu_features(void) {
 
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#include <sys/prctl.h>
 
 /* `feature` if all bits of the mask are set. */
 static uint64_t when(unsigned long value, unsigned long mask, uint64_t feature) {
   return (value & mask) == mask ? feature : 0;
 }
 
+/* Bytes of a vector in this process, which may be fewer than the CPU has; 0 without vectors.
+ * Numbers and mask: the kernel's prctl.h, PR_SVE_GET_VL, PR_SME_GET_VL, PR_SVE_VL_LEN_MASK. */
+static int vector_bytes(int question) {
+  int answer = prctl(question, 0UL, 0UL, 0UL, 0UL);
+  return answer < 0 ? 0 : answer & 0xffff;
+}
+
+/* What some lengths of vectors add to SVE and SME. */
+static uint64_t vector_features(uint64_t features, bool has_sve_i8mm) {
+  enum { SVE_GET_VL = 51, SME_GET_VL = 64 };
+  uint64_t added = 0;
+  if (features & LLAMAC_ARM_SVE && has_sve_i8mm) {
+    int bytes = vector_bytes(SVE_GET_VL);
+    if (bytes == 32 || bytes == 64) added |= LLAMAC_ARM_SVE256;
+  }
+  if (features & LLAMAC_ARM_SME && vector_bytes(SME_GET_VL) == 64) added |= LLAMAC_ARM_SME512;
+  return added;
+}
+
 /* Bit positions: the kernel's documentation of ELF hwcaps for arm64. */
 uint64_t llamac_cpu_features(void) {
   enum { FPHP = 1 << 9, ASIMDHP = 1 << 10, ASIMDDP = 1 << 20, SVE = 1 << 22 };
-  enum { SVE2 = 1 << 1, I8MM = 1 << 13, BF16 = 1 << 14, SME = 1 << 23 };
+  enum { SVE2 = 1 << 1, SVEI8MM = 1 << 9, I8MM = 1 << 13, BF16 = 1 << 14, SME = 1 << 23 };
   unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
-  return when(first, ASIMDDP, LLAMAC_ARM_DOTPROD) | when(first, FPHP | ASIMDHP, LLAMAC_ARM_FP16) |
-         when(first, SVE, LLAMAC_ARM_SVE) | when(second, SVE2, LLAMAC_ARM_SVE2) |
-         when(second, I8MM, LLAMAC_ARM_I8MM) | when(second, BF16, LLAMAC_ARM_BF16) |
-         when(second, SME, LLAMAC_ARM_SME);
+  uint64_t features =
+      when(first, ASIMDDP, LLAMAC_ARM_DOTPROD) | when(first, FPHP | ASIMDHP, LLAMAC_ARM_FP16) |
+      when(first, SVE, LLAMAC_ARM_SVE) | when(second, SVE2, LLAMAC_ARM_SVE2) |
+      when(second, I8MM, LLAMAC_ARM_I8MM) | when(second, BF16, LLAMAC_ARM_BF16) |
+      when(second, SME, LLAMAC_ARM_SME);
+  return features | vector_features(features, (second & SVEI8MM) != 0);
 }
 
 #else

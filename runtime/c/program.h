@@ -76,6 +76,9 @@ typedef int32_t (*llamac_kernel)(void *self, const TVMFFIAny *args, int32_t num_
 #define LLAMAC_ARM_SVE (UINT64_C(1) << 36)
 #define LLAMAC_ARM_SVE2 (UINT64_C(1) << 37)
 #define LLAMAC_ARM_SME (UINT64_C(1) << 38)
+#define LLAMAC_ARM_SVE256 (UINT64_C(1) << 39) /* vectors of 256 or 512 bits that multiply int8 \
+                                                 matrices */
+#define LLAMAC_ARM_SME512 (UINT64_C(1) << 40) /* streaming vectors of 512 bits */
 
 /* ---- weights.bin --------------------------------------------------------------------------- */
 

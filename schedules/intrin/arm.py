@@ -28,7 +28,7 @@ from llamac.schedules.intrin.isa import (
 TRIPLE = "aarch64-linux-gnu"
 
 
-def _target(*features: str) -> dict[str, Any]:
+def target_of(*features: str) -> dict[str, Any]:
     """The features of the level and NEON, nothing else."""
     mattr = ["+neon", *(f"+{feature}" for feature in features)]
     return {"kind": "llvm", "mtriple": TRIPLE, "mcpu": "generic", "mattr": mattr}
@@ -42,7 +42,7 @@ class ArmNeon(Isa):
     registers = 32
     codes = "pairs"
     features: tuple[str, ...] = ()
-    target = _target()
+    target = target_of()
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """A * b + c, rounded once."""
@@ -119,8 +119,8 @@ class ArmDotprod(ArmNeon):
     """Armv8.2 with the dot product extension (Cortex-A55, A75, A76 and later)."""
 
     name = "dotprod"
-    features = ("dotprod",)
-    target = _target(*features)
+    features: tuple[str, ...] = ("dotprod",)
+    target = target_of(*features)
     nibble_shift = 4
 
     def unpack(self, packed: Any) -> tuple[Any, Any]:
@@ -146,8 +146,8 @@ class ArmI8mm(ArmDotprod):
     """Armv8.6 with int8 matrix products (Cortex-A510, A710, X2, Neoverse V1 and later)."""
 
     name = "i8mm"
-    features = ("dotprod", "i8mm")
-    target = _target(*features)
+    features: tuple[str, ...] = ("dotprod", "i8mm")
+    target = target_of(*features)
 
     def matmul_2x2(self, acc: Any, lhs: Any, rhs: Any) -> Any:
         """acc[2i + j] += dot of the 8 bytes of half i of `lhs` with those of half j of `rhs`."""
@@ -211,7 +211,3 @@ def _cpu_features(mcpu: str) -> frozenset[str]:
 def broadcast_word(words: Any, lane: int) -> Any:
     """Word `lane` of an int32x4 in all lanes, as int8x16."""
     return T.reinterpret("int8x16", T.broadcast(tirx.Shuffle([words], [T.int32(lane)]), 4))
-
-
-# Best first: the order in which a library tries them at load.
-ARM_LEVELS: tuple[ArmNeon, ...] = (ArmI8mm(), ArmDotprod(), ArmNeon())

@@ -9,8 +9,9 @@ from tvm.relax import Var
 
 from llamac.schedules.lora import LoraShape
 from llamac.schedules.matmul import MatmulShape
-from llamac.schedules.qmatmul import GROUP, GROUP_BYTES, ROWS, QMatmulShape
-from llamac.schedules.qmatmul_int8 import QMatmulInt8Shape
+from llamac.schedules.qmatmul import GROUP, GROUP_BYTES, QMatmulShape
+from llamac.schedules.qmatmul_epilogue import ROWS
+from llamac.schedules.qmatmul_int8_lanes import QMatmulInt8Shape
 from llamac.schedules.quantize import QuantizeShape, codes_shape, has_offsets
 from llamac.targets.cpu.composite_calls import Call, dims, prefix
 from llamac.targets.cpu.emitter import Columns, FunctionState, Quantized

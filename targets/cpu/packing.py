@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamac.schedules.qmatmul import GROUP, ROWS
+from llamac.schedules.intrin.arm_levels import ARM_LEVELS
+from llamac.schedules.intrin.isa import Isa
+from llamac.schedules.qmatmul import GROUP
+from llamac.schedules.qmatmul_epilogue import ROWS
 from llamac.schedules.quantize import CHUNK_PAIRS, PANEL
 from llamac.targets.base import WeightReader
 from llamac.targets.program import Pack
@@ -40,32 +43,57 @@ def int4_signed(codes: Array) -> Array:
     return np.ascontiguousarray(packed).view(np.uint8).reshape(n // ROWS, k // GROUP, 256)
 
 
-def pair_codes(codes: Array) -> Array:
-    """int8 [m, k] -> panels of paired codes as in `schedules/quantize.py`; one token stays."""
+def arrange_codes(codes: Array, arrangement: str) -> Array:
+    """Activation codes int8 [m, k] as an instruction set's kernels want them.
+
+    Args:
+        codes: one row for each token.
+        arrangement: `Isa.codes`; "pairs" and "panels" are described in `schedules/quantize.py`.
+    """
     m, k = codes.shape
-    if m == 1:
+    if m == 1 or arrangement not in _PANEL_AXES:
         return codes
     rows = np.zeros((-(-m // PANEL) * PANEL, k), np.int8)
     rows[:m] = codes
-    chunks = rows.reshape(-1, PANEL // 2, 2, k // GROUP, 8, 4)[..., CHUNK_PAIRS, :]
-    panels = chunks.transpose(0, 3, 1, 4, 2, 5, 6)
+    chunks = _chunks(rows, arrangement)
+    panels = chunks.transpose(_PANEL_AXES[arrangement])
     return np.ascontiguousarray(panels).reshape(-1, k // GROUP, PANEL * GROUP)
 
 
-def unpair_codes(codes: Array, m: int) -> Array:
-    """The inverse of `pair_codes` for m tokens."""
-    if m == 1:
-        return codes
-    panels, groups, _ = codes.shape
-    chunks = codes.reshape(panels, groups, PANEL // 2, 4, 2, 2, 4).transpose(0, 2, 4, 1, 3, 5, 6)
-    rows = np.empty((*chunks.shape[:4], 8, 4), np.int8)
-    rows[..., CHUNK_PAIRS, :] = chunks
-    return rows.reshape(panels * PANEL, groups * GROUP)[:m]
+def restore_codes(stored: Array, m: int, arrangement: str) -> Array:
+    """The inverse of `arrange_codes` for m tokens."""
+    if stored.ndim == 2:
+        return stored
+    panels, groups, _ = stored.shape
+    rows = np.empty((panels * PANEL, groups * GROUP), np.int8)
+    axes = _PANEL_AXES[arrangement]
+    shape = np.array(_chunks(rows, arrangement).shape)[list(axes)]
+    chunks = stored.reshape(shape).transpose(np.argsort(axes))
+    if arrangement == "pairs":
+        order = np.argsort(np.ravel(CHUNK_PAIRS))
+        chunks = chunks.reshape(*chunks.shape[:4], 8, 4)[..., order, :]
+    return np.ascontiguousarray(chunks).reshape(rows.shape)[:m]
 
 
-def unpack_codes(codes: Array, m: int) -> Array:
-    """Activation codes of m tokens as a kernel stored them -> int8 [m, k]."""
-    return codes if codes.ndim == 2 else unpair_codes(codes, m)
+# Axes of `_chunks` in the order in which a panel is stored.
+_PANEL_AXES = {
+    "pairs": (0, 3, 1, 4, 2, 5, 6),  # group, pair, vector, token, chunk of two, code
+    "panels": (0, 2, 3, 1, 4),  # group, chunk, token, code
+}
+
+
+def _chunks(rows: Array, arrangement: str) -> Array:
+    """Rows of whole panels by panel, (pair,) token, group, chunk (of a vector) and code."""
+    if arrangement == "panels":
+        return rows.reshape(-1, PANEL, rows.shape[1] // GROUP, GROUP // 4, 4)
+    return rows.reshape(-1, PANEL // 2, 2, rows.shape[1] // GROUP, GROUP // 4, 4)[
+        ..., CHUNK_PAIRS, :
+    ]
+
+
+def codes_arrangement(level: str) -> str:
+    """`Isa.codes` of a level by its name; levels of other packages arrange nothing."""
+    return next((isa.codes for isa in ARM_LEVELS if isa.name == level), Isa.codes)
 
 
 def block_columns(rows: Array) -> Array:

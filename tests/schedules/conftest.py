@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,15 @@ from numpy.typing import NDArray
 from tvm.tirx import PrimFunc
 from tvm_ffi import structural_equal
 
-from llamac.schedules.intrin.arm import ARM_LEVELS, ArmNeon
+from llamac.compiler import reference
+from llamac.schedules.intrin.arm import ArmNeon
+from llamac.schedules.intrin.arm_levels import ARM_LEVELS
+from llamac.schedules.intrin.arm_scalable import Scalable
 from llamac.schedules.intrin.isa import Isa
 from llamac.schedules.intrin.x86 import X86_LEVELS
 from llamac.schedules.kernel import compile_kernels, num_outputs, work_items
+from llamac.schedules.quantize import has_offsets
+from llamac.targets.cpu import packing
 from llamac.targets.kernel_runner import KernelCall, build_kernel_program, run_kernel_program
 
 CANARY = 0x5A  # every byte of an output before the call
@@ -40,10 +45,19 @@ def cpu_features() -> frozenset[str]:
 
 
 # A CPU model that has just the features of the level, so that any other instruction traps.
-QEMU_CPUS = {"neon": "cortex-a57", "dotprod": "cortex-a76", "i8mm": "max,sve=off,sme=off"}
+QEMU_CPUS = {
+    "neon": "cortex-a57",
+    "dotprod": "cortex-a76",
+    "i8mm": "max,sve=off,sme=off",
+    "sve": "max,sve-default-vector-length=32,sme=off",
+    "sme": "max,sme_fa64=off,sme-default-vector-length=64",
+}
 
 needs_qemu = pytest.mark.needs("qemu-aarch64")
 ARM_PARAMS = [pytest.param(level, marks=needs_qemu) for level in ARM_LEVELS]
+NEON_PARAMS = [
+    pytest.param(level, marks=needs_qemu) for level in ARM_LEVELS if not isinstance(level, Scalable)
+]
 
 
 def _skip_unless_runnable(level: Isa) -> Isa:
@@ -52,8 +66,17 @@ def _skip_unless_runnable(level: Isa) -> Isa:
     return level
 
 
-@pytest.fixture(params=[*X86_LEVELS, *ARM_PARAMS], ids=lambda isa: isa.name)
+@pytest.fixture(params=[*X86_LEVELS, *NEON_PARAMS], ids=lambda isa: isa.name)
 def isa(request: pytest.FixtureRequest) -> Isa:
+    """Every x86 level that this CPU can run, and every NEON level under QEMU.
+
+    SVE and SME have kernels of their own for products only, which take `each_isa`.
+    """
+    return _skip_unless_runnable(request.param)
+
+
+@pytest.fixture(params=[*X86_LEVELS, *ARM_PARAMS], ids=lambda isa: isa.name)
+def each_isa(request: pytest.FixtureRequest) -> Isa:
     """Every x86 level that this CPU can run, and every Arm level under QEMU."""
     return _skip_unless_runnable(request.param)
 
@@ -98,8 +121,8 @@ class KernelRunner:
     Kernels for another processor become programs that run under its emulator.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, sme_emulator: Callable[[], Path]) -> None:
+        self._folder, self._sme_emulator = folder, sme_emulator
         self._built: dict[tuple[str, str], tuple[PrimFunc, Any]] = {}
 
     def __call__(
@@ -120,7 +143,8 @@ class KernelRunner:
         outputs = [_empty(buffer) for buffer in output_buffers(func)]
         last = work_items(func) if end is None else end
         if isinstance(kernel, Path):
-            command = ["qemu-aarch64", "-cpu", cpu or QEMU_CPUS[isa.name], str(kernel)]
+            emulator = str(self._sme_emulator()) if isa.name == "sme" else "qemu-aarch64"
+            command = [emulator, "-cpu", cpu or QEMU_CPUS[isa.name], str(kernel)]
             call = KernelCall([*inputs, *outputs], begin, last)
             arrays = run_kernel_program(command, call)
         else:
@@ -159,9 +183,12 @@ def _empty(buffer: Any) -> Array:
 
 
 @pytest.fixture(scope="session")
-def run_kernel(tmp_path_factory: pytest.TempPathFactory) -> RunKernel:
+def run_kernel(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> RunKernel:
     """`run_kernel(func, isa, *inputs, begin=0, end=None) -> outputs`."""
-    return KernelRunner(tmp_path_factory.mktemp("kernels"))
+    sme_emulator = functools.partial(request.getfixturevalue, "sme_emulator")
+    return KernelRunner(tmp_path_factory.mktemp("kernels"), sme_emulator)
 
 
 @pytest.fixture
@@ -169,13 +196,40 @@ def check_row_ranges(run_kernel: RunKernel) -> Callable[..., None]:
     """`check_row_ranges(func, isa, *inputs)`: items are rows, and a call writes only its own."""
 
     def check(func: PrimFunc, isa: Isa, *inputs: Array) -> None:
-        whole = run_kernel(func, isa, *inputs)
         work = work_items(func)
+
+        def run(begin: int, end: int) -> list[Array]:
+            outputs = run_kernel(func, isa, *inputs, begin=begin, end=end)
+            is_panel = [out.dtype == np.int8 and out.ndim == 3 for out in outputs]
+            return [
+                packing.restore_codes(out, work, isa.codes) if panel else out
+                for out, panel in zip(outputs, is_panel, strict=True)
+            ]
+
+        whole = run(0, work)
         for begin, end in ((0, 0), (0, 1), (1, work - 1), (work - 1, work)):
-            part = run_kernel(func, isa, *inputs, begin=begin, end=end)
+            part = run(begin, end)
             for expected, got in zip(whole, part, strict=True):
                 np.testing.assert_array_equal(got[begin:end], expected[begin:end])
                 others = np.delete(got, np.s_[begin:end], axis=0)
                 assert (np.ascontiguousarray(others).view(np.uint8) == CANARY).all()
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def assert_quantized() -> Callable[[Isa, Sequence[Array], Array], None]:
+    """`assert_quantized(isa, outputs, x)`: codes, parameters, offsets are the reference's of x."""
+
+    def check(isa: Isa, outputs: Sequence[Array], x: Array) -> None:
+        codes, qparams, *offsets = outputs
+        expected = reference.quantize_per_token(x)
+        restored = packing.restore_codes(codes, len(x), isa.codes)
+        np.testing.assert_array_equal(restored, expected.codes)
+        np.testing.assert_array_equal(qparams[:, 0], expected.scale)
+        np.testing.assert_array_equal(qparams[:, 1], expected.zero_point)
+        assert len(offsets) == has_offsets(isa)
+        for found in offsets:
+            np.testing.assert_array_equal(found, -8 * reference.group_sums(expected.codes, 32))
 
     return check

@@ -18,7 +18,8 @@ import pytest
 
 from llamac.schedules.attention import AttentionShape
 from llamac.schedules.hadamard import HadamardShape
-from llamac.schedules.intrin.arm import ARM_LEVELS, scheduled_for, scheduling_model
+from llamac.schedules.intrin.arm import scheduled_for, scheduling_model
+from llamac.schedules.intrin.arm_levels import ARM_LEVELS
 from llamac.schedules.kernel import compile_kernels, work_items
 from llamac.schedules.norm import RmsNormShape
 from llamac.schedules.qmatmul import QMatmulShape

@@ -14,6 +14,7 @@ from llamac.compiler import reference
 from llamac.compiler.floats import from_bfloat16, round_to, to_bfloat16
 from llamac.schedules import qmatmul, qmatmul_quads
 from llamac.schedules.intrin.arm import ArmNeon
+from llamac.schedules.intrin.arm_levels import ARM_LEVELS
 from llamac.schedules.intrin.x86 import X86_LEVELS, X86Portable
 from llamac.schedules.qmatmul import GROUP, ROWS, QMatmulShape
 from llamac.targets.cpu import packing
@@ -67,7 +68,12 @@ def operands(isa, shape, x, codes, scales):
     qparams = np.stack([x.scale, x.zero_point.astype(np.float32)], axis=1)
     tables = [packing.block_columns(stored), packing.int4_ksum(codes, stored)]
     if isinstance(isa, ArmNeon):
-        return [packing.pair_codes(x.codes), qparams, packing.int4_signed(codes), *tables]
+        return [
+            packing.arrange_codes(x.codes, isa.codes),
+            qparams,
+            packing.int4_signed(codes),
+            *tables,
+        ]
     offsets = -8 * reference.group_sums(x.codes, GROUP)
     return [x.codes, qparams, offsets, packing.int4_codes(codes), *tables]
 
@@ -115,35 +121,54 @@ def assert_close(y, expected):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_product(run_kernel, isa, shape):
-    inputs, expected = problem(shape, isa)
-    (y,) = run_kernel(make(shape, isa), isa, *inputs)
+def test_product(run_kernel, each_isa, shape):
+    inputs, expected = problem(shape, each_isa)
+    (y,) = run_kernel(make(shape, each_isa), each_isa, *inputs)
     assert y.shape == (shape.m, shape.columns)
     assert_close(y, expected)
 
 
 @pytest.mark.parametrize("knobs", [(1, 2), (2, 1), (4, 4), (6, 1), (8, 2), (12, 2), (16, 1)])
-def test_knobs(run_kernel, isa, knobs):
+def test_knobs(run_kernel, each_isa, knobs):
     """Tiles that divide the tokens and tiles that leave some over."""
-    shape, (mr, unroll) = QMatmulShape(29, 32, 128), knobs
-    if not family(isa).valid(shape, isa, {"mr": mr, "unroll": unroll}):
+    shape, knobs = QMatmulShape(29, 32, 128), dict(zip(("mr", "unroll"), knobs, strict=True))
+    if not family(each_isa).valid(shape, each_isa, knobs):
         return
-    inputs, expected = problem(shape, isa)
-    (y,) = run_kernel(make(shape, isa, mr=mr, unroll=unroll), isa, *inputs)
+    inputs, expected = problem(shape, each_isa)
+    (y,) = run_kernel(make(shape, each_isa, **knobs), each_isa, *inputs)
+    assert_close(y, expected)
+
+
+@pytest.mark.parametrize("epilogue", ["residual", "swiglu"])
+@pytest.mark.parametrize("mr", [8, 16])
+def test_weights_unpacked_once_for_all_panels(run_kernel, arm_isa, mr, epilogue):
+    shape = QMatmulShape(37, 64, 96, epilogue=epilogue)
+    inputs, expected = problem(shape, arm_isa)
+    func = make(shape, arm_isa, mr=mr, unroll=1, unpack_once=1)
+    assert_close(run_kernel(func, arm_isa, *inputs)[0], expected)
+
+
+@pytest.mark.parametrize("vector_bytes", [32, 64])
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[7], SHAPES[8]], ids=str)
+def test_one_binary_serves_vectors_of_every_length(run_kernel, vector_bytes, shape):
+    [sve] = [level for level in ARM_LEVELS if level.name == "sve"]
+    inputs, expected = problem(shape, sve)
+    cpu = f"max,sme=off,sve-default-vector-length={vector_bytes}"
+    (y,) = run_kernel(make(shape, sve), sve, *inputs, cpu=cpu)
     assert_close(y, expected)
 
 
 EXTREMES = list(itertools.product((-128, 127), (-8, 7), (-128, 0, 127)))
 
 
-def test_integers_are_exact(run_kernel, isa):
+def test_integers_are_exact(run_kernel, each_isa):
     """With scales that are powers of two nothing is rounded: sums at their ends, and random."""
     shape = QMatmulShape(1, 32, 256)
-    func = make(shape, isa)
+    func = make(shape, each_isa)
     scales = np.full((shape.n, shape.k // GROUP), 0.5, np.float32)
 
     def check(x, codes):
-        (y,) = run_kernel(func, isa, *operands(isa, shape, x, codes, scales))
+        (y,) = run_kernel(func, each_isa, *operands(each_isa, shape, x, codes, scales))
         dot = x.centred().astype(np.int64) @ codes.T.astype(np.int64)
         np.testing.assert_array_equal(y, dot * 0.125)
 
@@ -154,7 +179,7 @@ def test_integers_are_exact(run_kernel, isa):
     check(activations(shape)._replace(scale=quarter), weights(shape)[0])
 
 
-def test_each_weight_meets_its_activation(run_kernel, isa):
+def test_each_weight_meets_its_activation(run_kernel, each_isa):
     """One weight other than 0 in each row, all columns in turn: a misplaced nibble is seen."""
     shape = QMatmulShape(1, 64, 64)
     codes = np.zeros((shape.n, shape.k), np.int8)
@@ -163,31 +188,31 @@ def test_each_weight_meets_its_activation(run_kernel, isa):
         np.arange(shape.k, dtype=np.int8)[None], np.ones(1, np.float32), np.zeros(1, np.int32)
     )
     scales = np.ones((shape.n, 2), np.float32)
-    (y,) = run_kernel(make(shape, isa), isa, *operands(isa, shape, x, codes, scales))
+    (y,) = run_kernel(make(shape, each_isa), each_isa, *operands(each_isa, shape, x, codes, scales))
     np.testing.assert_array_equal(y[0], np.arange(shape.n) * 27 % shape.k)
 
 
 @pytest.mark.parametrize("epilogue", ["none", "swiglu"])
-def test_a_call_writes_only_its_columns(run_kernel, isa, epilogue):
+def test_a_call_writes_only_its_columns(run_kernel, each_isa, epilogue):
     """Work items are blocks of 16 columns of the result."""
     shape = QMatmulShape(3, 64 if epilogue == "none" else 128, 32, epilogue=epilogue)
-    inputs, _ = problem(shape, isa)
-    func = make(shape, isa)
-    (whole,) = run_kernel(func, isa, *inputs)
+    inputs, _ = problem(shape, each_isa)
+    func = make(shape, each_isa)
+    (whole,) = run_kernel(func, each_isa, *inputs)
     for begin, end in ((0, 0), (0, 1), (1, 3), (3, 4)):
-        (part,) = run_kernel(func, isa, *inputs, begin=begin, end=end)
+        (part,) = run_kernel(func, each_isa, *inputs, begin=begin, end=end)
         columns = np.s_[begin * ROWS : end * ROWS]
         np.testing.assert_array_equal(part[:, columns], whole[:, columns])
         others = np.ascontiguousarray(np.delete(part, columns, axis=1))
         assert (others.view(np.uint8) == 0x5A).all()
 
 
-def test_levels_agree_to_the_last_bits(run_kernel, isa):
+def test_levels_agree_to_the_last_bits(run_kernel, each_isa):
     """Rounding differs between levels only by fused multiply-adds, so far less than the limit."""
     shape = SHAPES[0]
     (y,), (z,) = (
         run_kernel(make(shape, level), level, *problem(shape, level)[0])
-        for level in (isa, X86Portable())
+        for level in (each_isa, X86Portable())
     )
     assert np.abs(y - z).max() <= 2e-6 * np.abs(z).max()
 

@@ -7,7 +7,6 @@ import pytest
 
 from llamac.compiler import reference
 from llamac.schedules import qmatmul_int8
-from llamac.schedules.intrin.arm import ArmNeon
 from llamac.schedules.intrin.x86 import X86_LEVELS
 from llamac.schedules.qmatmul_int8 import ROWS, QMatmulInt8Shape
 from llamac.targets.cpu import packing
@@ -40,7 +39,7 @@ def problem(shape, fill=None):
 def operands(isa, x, codes, scales):
     """What the kernel reads."""
     return [
-        packing.pair_codes(x.codes) if isinstance(isa, ArmNeon) else x.codes,
+        packing.arrange_codes(x.codes, isa.codes),
         np.stack([x.scale, x.zero_point.astype(np.float32)], axis=1),
         packing.int8_codes(codes),
         scales,
@@ -63,8 +62,8 @@ def check(run_kernel, isa, shape, fill=None, **knobs):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_product(run_kernel, isa, shape):
-    y = check(run_kernel, isa, shape)
+def test_product(run_kernel, each_isa, shape):
+    y = check(run_kernel, each_isa, shape)
     expected = reference.qlinear_int8(*problem(shape))
     assert (np.abs(y - expected) <= 1e-6 * np.abs(expected).max(-1, keepdims=True)).all()
 
@@ -78,10 +77,10 @@ def test_extreme_codes(run_kernel, isa, code, weight, zero):
 
 
 @pytest.mark.parametrize("knobs", [(1, 8), (2, 2), (2, 1), (4, 1), (6, 2), (8, 1)], ids=str)
-def test_knobs(run_kernel, isa, knobs):
+def test_knobs(run_kernel, each_isa, knobs):
     shape, knobs = QMatmulInt8Shape(21, 32, 128), dict(zip(("mr", "chains"), knobs, strict=True))
-    if qmatmul_int8.valid(shape, isa, knobs):
-        check(run_kernel, isa, shape, **knobs)
+    if qmatmul_int8.valid(shape, each_isa, knobs):
+        check(run_kernel, each_isa, shape, **knobs)
 
 
 def test_a_call_writes_only_its_columns(run_kernel, isa):

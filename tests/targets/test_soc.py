@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamac.runtime.errors import SocInvalid, SocUnknown, ToolchainMissing
-from llamac.schedules.intrin.arm import ARM_LEVELS
+from llamac.schedules.intrin.arm_levels import ARM_LEVELS
 from llamac.schedules.intrin.x86 import X86_LEVELS
 from llamac.targets.arm_cpu import ArmCpu
 from llamac.targets.registry import PLANNED, load_target, make_target, target_names

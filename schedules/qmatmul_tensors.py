@@ -1,0 +1,79 @@
+"""What the int4 kernels of `qmatmul_quads.py` read, and how a sum becomes a result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm.tirx.script.builder import ir as T
+
+from llamac.schedules.intrin.arm import ArmNeon
+from llamac.schedules.intrin.isa import pick
+from llamac.schedules.kernel import KernelBuilder
+from llamac.schedules.qmatmul import QMatmulShape
+from llamac.schedules.qmatmul_epilogue import ROWS, Epilogue
+from llamac.schedules.quantize import GROUP, codes_shape
+
+QUAD = 4  # rows of a quad, lanes of a vector
+QUADS = ROWS // QUAD
+GROUP_BYTES = ROWS * GROUP // 2
+CHUNKS = GROUP // 4  # of four codes, what a lane of a dot product takes
+
+
+class Tensors:
+    """The arguments of a kernel and how its levels read them."""
+
+    def __init__(self, b: KernelBuilder, shape: QMatmulShape, isa: ArmNeon) -> None:
+        groups = shape.k // GROUP
+        self.is_bfloat16 = shape.scale_dtype == "bfloat16"
+        self.shape, self.isa, self.groups = shape, isa, groups
+        self.codes = b.input("codes", codes_shape(isa, shape.m, shape.k), "int8")
+        self.qparams = b.input("qparams", (shape.m, 2), "float32")
+        self.weights = b.input("weights", (shape.blocks, groups, GROUP_BYTES), "uint8")
+        bits = "uint16" if self.is_bfloat16 else "float16"
+        self.scales = b.input("scales", (shape.blocks, groups, ROWS), bits)
+        self.ksum = b.input("ksum", (shape.n,), "float32")
+        self.epilogue = Epilogue(b, shape, isa)
+
+    @property
+    def scale_shift(self) -> int:
+        """By how many bits a stored scale is shifted to the left to be read as float32."""
+        return 16 if self.is_bfloat16 else 13
+
+    @property
+    def factor(self) -> float:
+        """What the scales in the accumulators lack."""
+        return 1.0 if self.is_bfloat16 else 2.0**112
+
+    def scaled(self, total: Any, scale: Any, acc: Any) -> Any:
+        """Acc + scale * total, of a total that `dot_group` made."""
+        return self.isa.fma(self.isa.fixed_to_float32(total, self.isa.nibble_shift), scale, acc)
+
+    def packed(self, block: Any, group: Any, quad: Any, j: int) -> Any:
+        """Vector j of a quad: 16 bytes."""
+        place = quad * (4 * QUAD) + j * (4 * ROWS)
+        value = self.isa.load(self.weights, block, group, place, lanes=16)
+        return T.Bind(T.reinterpret("int8x16", value))
+
+    def scale(self, block: Any, group: Any, quad: Any) -> Any:
+        """Scales of a quad as float32x4, times 2^-112 if they are float16."""
+        bits = T.reinterpret("uint16x4", self.isa.load(self.scales, block, group, quad * QUAD))
+        shift = T.broadcast(T.uint32(self.scale_shift), QUAD)
+        return T.Bind(T.reinterpret("float32x4", T.shift_left(T.Cast("uint32x4", bits), shift)))
+
+    def finish(
+        self, accs: Sequence[Any], block: Any, quad: Any, row0: Any, split: Any, shift: int = 0
+    ) -> list[Any]:
+        """The results of a quad for some tokens, from an accumulator of each, 2^shift too large."""
+        isa = self.isa
+        factor = isa.splat(self.factor / 2**shift)
+        ksum = T.Bind(isa.load(self.ksum, block * ROWS + quad * QUAD))
+        values = []
+        for i, acc in enumerate(accs):
+            if i % 2 == 0:  # one load for two tokens; the products take a lane of it
+                count = min(2, len(accs) - i)
+                params = T.Bind(isa.load(self.qparams, row0 + i, 0, lanes=2 * count))
+            scale, zero = (isa.splat(pick(params, [i % 2 * 2 + j])) for j in (0, 1))
+            value = T.Bind(scale * isa.fma(T.Bind(isa.splat(0.0) - zero), ksum, acc * factor))
+            values.append(self.epilogue.add_lora(value, block, row0 + i, quad, split))
+        return values
