@@ -24,7 +24,7 @@ from llamac.tools.cli import main
 from llamac.tools.doctor import CPUINFO, cpu_flags
 from llamac.tools.llama2c import to_meta
 
-ARM_LEVELS = ("i8mm", "dotprod", "neon")
+ARM_LEVELS = ("sme", "sve", "i8mm", "dotprod", "neon")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
