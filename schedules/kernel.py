@@ -19,10 +19,11 @@ from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.isa import Isa
 
-Knobs = Mapping[str, int]
+Knobs = Mapping[str, int | str]
 
 WORK_ATTR = "llamac.work"
 OUTPUTS_ATTR = "llamac.outputs"
+MCPU_ATTR = "llamac.mcpu"
 
 
 class KernelBuilder:
@@ -31,9 +32,11 @@ class KernelBuilder:
     Args:
         name: symbol of the kernel, in the grammar `<op>_<dst>_<lhs>_<rhs>_<isa>`.
         work: number of independent work items.
+        mcpu: core for which LLVM schedules the kernel; "" leaves that to the instruction set.
     """
 
-    def __init__(self, name: str, work: int) -> None:
+    def __init__(self, name: str, work: int, mcpu: str = "") -> None:
+        self._mcpu = mcpu
         self._name = name
         self._work = work
         self._outputs = 0
@@ -74,6 +77,7 @@ class KernelBuilder:
                 "tirx.noalias": True,
                 WORK_ATTR: self._work,
                 OUTPUTS_ATTR: self._outputs,
+                **({MCPU_ATTR: self._mcpu} if self._mcpu else {}),
             }
         )
         with around or nullcontext(), T.serial(begin, end) as item:
@@ -148,11 +152,16 @@ def num_outputs(func: PrimFunc) -> int:
 
 
 def compile_kernels(functions: Mapping[str, PrimFunc], isa: Isa) -> Any:
-    """Compile kernels for one instruction set into one runtime module.
+    """Compile kernels for one instruction set, all scheduled alike, into one runtime module.
 
     TVM's default pipeline would turn `local` buffers into heap allocations (StorageRewrite loses
     their annotation, and nothing of it is needed for straight kernels), so the plain "tirx" one is
     used.
     """
+    models = {str(func.attrs.get(MCPU_ATTR, "")) for func in functions.values()}
+    if len(models) > 1:
+        raise ValueError(f"kernels of one module are scheduled for different cores: {models}")
+    for mcpu in models - {""}:
+        isa = isa.scheduled_for(mcpu)
     module = tvm.IRModule(dict(functions))
     return tvm.tirx.build(module, target=tvm.target.Target(isa.target), pipeline="tirx")

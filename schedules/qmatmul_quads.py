@@ -32,30 +32,31 @@ from typing import Any
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
-from llamac.schedules.intrin.arm import ArmDotprod, ArmI8mm, ArmNeon
+from llamac.schedules.intrin.arm import SCHEDULING_MODELS, ArmDotprod, ArmI8mm, ArmNeon
 from llamac.schedules.intrin.arm_scalable import ArmSme, ArmSve, Scalable
-from llamac.schedules.kernel import KernelBuilder, local
+from llamac.schedules.kernel import KernelBuilder, Knobs, local
 from llamac.schedules.loop import loop
 from llamac.schedules.qmatmul import QMatmulShape
 from llamac.schedules.qmatmul_epilogue import ROWS
 from llamac.schedules.qmatmul_sme import SmeBlocks
 from llamac.schedules.qmatmul_smmla import SmmlaTile
 from llamac.schedules.qmatmul_sve import SveBlocks
-from llamac.schedules.qmatmul_tensors import CHUNKS, GROUP_BYTES, QUAD, QUADS, Tensors
+from llamac.schedules.qmatmul_tensors import CHUNKS, GROUP_BYTES, QUAD, QUADS, HiddenZeros, Tensors
 from llamac.schedules.qmatmul_tiles import LaneTile, emit_panels
 from llamac.schedules.quantize import GROUP, PANEL
 
 VERSION = 1
 
-KNOBS: Mapping[str, tuple[int, ...]] = {
+KNOBS: Mapping[str, tuple[int | str, ...]] = {
     "mr": (4, 8, 12, 16),  # tokens per tile of four rows; a GEMV has one
     "unroll": (1, 2, 4),  # groups per iteration of the hot loop
     "prefetch": (0, 4, 8, 16, 32),  # groups ahead, of a GEMV
     "unpack_once": (0, 1),  # of a GEMM: a quad for all panels, through memory
+    "mcpu": SCHEDULING_MODELS,  # of LLVM; "" or none: that of the instruction set
 }
 
 
-def valid(shape: QMatmulShape, isa: ArmNeon, knobs: Mapping[str, int]) -> bool:
+def valid(shape: QMatmulShape, isa: ArmNeon, knobs: Knobs) -> bool:
     """Whether tiles fit a panel and the unrolled loop divides the columns."""
     if shape.m == 1:
         tile = knobs["mr"] == 1
@@ -63,7 +64,7 @@ def valid(shape: QMatmulShape, isa: ArmNeon, knobs: Mapping[str, int]) -> bool:
         tile = knobs["mr"] == PANEL and not knobs.get("unpack_once", 0)
     else:
         tile = knobs["mr"] in KNOBS["mr"]
-    return tile and (shape.k // GROUP) % knobs["unroll"] == 0
+    return tile and (shape.k // GROUP) % int(knobs["unroll"]) == 0
 
 
 def default(shape: QMatmulShape, isa: ArmNeon) -> dict[str, int]:
@@ -85,6 +86,7 @@ def make(
     unroll: int,
     prefetch: int = 0,
     unpack_once: int = 0,
+    mcpu: str = "",
     name: str | None = None,
 ) -> PrimFunc:
     """Build the kernel.
@@ -95,7 +97,7 @@ def make(
     [m, n/2].
     """
     symbol = name or f"qmatmul_f32_qai8dx_qsi4c32_{shape.m}x{shape.n}x{shape.k}_{isa.suffix}"
-    with KernelBuilder(symbol, shape.work) as b:
+    with KernelBuilder(symbol, shape.work, mcpu) as b:
         tensors = Tensors(b, shape, isa)
         around = isa.streaming() if isinstance(isa, ArmSme) and shape.m > 1 else None
         with b.items(around) as item:
@@ -128,6 +130,7 @@ class _Gemv:
     def emit(self, item: Any) -> None:
         """Compute and store the results of a work item."""
         t, isa = self._t, self._t.isa
+        self._zeros = HiddenZeros(isa, item, QUADS)
         if t.epilogue.is_swiglu:
             gate, up = self._block(item * 2, split=0), self._block(item * 2 + 1, split=1)
             values = [isa.silu(g) * u for g, u in zip(gate, up, strict=True)]
@@ -157,9 +160,11 @@ class _Gemv:
             T.Bind(T.reinterpret("int32x4", isa.load(t.codes, 0, group * GROUP + i, lanes=16)))
             for i in (0, 16)
         ]
+        zeros = self._zeros.of(group)
         for quad in range(QUADS):
             chunks = [
                 rows for j in range(4) for rows in isa.unpack(t.packed(block, group, quad, j))
             ]
-            total = isa.dot_group(chunks, [(x[c // 4], c % 4) for c in range(CHUNKS)])
+            words = [(x[c // 4], c % 4) for c in range(CHUNKS)]
+            total = isa.dot_group(zeros(quad), chunks, words)
             T.buffer_store(acc, t.scaled(total, t.scale(block, group, quad), acc[quad]), [quad])

@@ -20,9 +20,7 @@ from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.arm import ArmI8mm
 from llamac.schedules.intrin.isa import join, pick
-from llamac.schedules.kernel import local, opaque
 from llamac.schedules.qmatmul_tiles import Tile
-from llamac.schedules.quantize import PANEL
 
 
 class SmmlaTile(Tile):
@@ -43,7 +41,7 @@ class SmmlaTile(Tile):
         t = self.tensors
         isa = t.isa
         assert isinstance(isa, ArmI8mm)
-        zeros = self._zeros(group)
+        zeros = self.zeros.of(group)
         rows, scales = weights
         for pair in range(first // 2, (first + tokens + 1) // 2):
             codes = self.pair_codes(panel, group, pair)
@@ -53,18 +51,6 @@ class SmmlaTile(Tile):
                 for x, w in zip(codes, rows[4 * side : 4 * side + 4], strict=True):
                     total = T.Bind(isa.matmul_2x2(total, x, w))
                 T.buffer_store(acc, t.scaled(total, scales[side], acc[i]), [i])
-
-    def start(self, item: Any) -> None:
-        """Put zeros where LLVM does not see that they are zeros."""
-        self._memory = local("int32", 4 * PANEL)
-        for i in range(PANEL):
-            T.buffer_store(self._memory, self.tensors.isa.splat(T.int32(0)), [T.ramp(4 * i, 1, 4)])
-        self._step = opaque(T.shift_right(item, T.int64(62)))
-
-    def _zeros(self, group: Any) -> Any:
-        """Accumulators to start with: i -> int32x4, loaded in pairs."""
-        base = T.Bind(group * self._step)
-        return lambda i: T.Bind(self._memory[T.ramp(base + 4 * i, 1, 4)])
 
     def codes_of(self, block: Any, quad: Any, group: Any) -> list[Any]:
         """For rows (0, 1), then (2, 3), the four vectors that meet those of a pair of tokens."""

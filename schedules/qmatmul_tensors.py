@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.arm import ArmNeon
 from llamac.schedules.intrin.isa import pick
-from llamac.schedules.kernel import KernelBuilder
+from llamac.schedules.kernel import KernelBuilder, local, opaque
 from llamac.schedules.qmatmul import QMatmulShape
 from llamac.schedules.qmatmul_epilogue import ROWS, Epilogue
 from llamac.schedules.quantize import GROUP, codes_shape
@@ -77,3 +77,28 @@ class Tensors:
             value = T.Bind(scale * isa.fma(T.Bind(isa.splat(0.0) - zero), ksum, acc * factor))
             values.append(self.epilogue.add_lora(value, block, row0 + i, quad, split))
         return values
+
+
+class HiddenZeros:
+    """Vectors of zeros in memory, of which LLVM does not know that they are zeros.
+
+    Every group's integer sums start with zeros. Setting a register takes a vector operation, of
+    which products need all that there are; a load of two vectors takes none.
+
+    Args:
+        isa: instruction set.
+        item: the work item, not negative.
+        count: vectors.
+    """
+
+    def __init__(self, isa: ArmNeon, item: Any, count: int) -> None:
+        self._memory = local("int32", 4 * count)
+        for i in range(count):
+            T.buffer_store(self._memory, isa.splat(T.int32(0)), [T.ramp(4 * i, 1, 4)])
+        # Always 0, but only we know that: what depends on it is not moved out of the loop.
+        self._step = opaque(T.shift_right(item, T.int64(62)))
+
+    def of(self, group: Any) -> Callable[[int], Any]:
+        """The vectors of a group: i -> int32x4."""
+        base = T.Bind(group * self._step)
+        return lambda i: T.Bind(self._memory[T.ramp(base + 4 * i, 1, 4)])

@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 from llamac.schedules.kernel import local
 from llamac.schedules.loop import loop
 from llamac.schedules.qmatmul_epilogue import ROWS
-from llamac.schedules.qmatmul_tensors import CHUNKS, QUAD, QUADS, Tensors
+from llamac.schedules.qmatmul_tensors import CHUNKS, QUAD, QUADS, HiddenZeros, Tensors
 from llamac.schedules.quantize import CHUNK_PAIRS, GROUP, PANEL
 
 
@@ -78,6 +78,7 @@ class Tile:
 
     def start(self, item: Any) -> None:
         """Prepare a work item."""
+        self.zeros = HiddenZeros(self.tensors.isa, item, PANEL)
 
     def unpack(self, item: Any, quad: Any) -> None:
         """Unpack the weights of a quad of a work item for all panels, if that is wanted."""
@@ -175,6 +176,7 @@ class LaneTile(Tile):
         """Token by token; two of them share the vectors of a pair."""
         t, isa = self.tensors, self.tensors.isa
         chunks, [scale] = weights
+        zeros = self.zeros.of(group)
         for token in range(first, first + tokens):
             if token % 2 == 0:
                 x = [T.reinterpret("int32x4", v) for v in self.pair_codes(panel, group, token // 2)]
@@ -184,8 +186,8 @@ class LaneTile(Tile):
                 for v, pair in enumerate(CHUNK_PAIRS)
                 for place, c in enumerate(pair)
             }
-            total = isa.dot_group(chunks, [words[c] for c in range(CHUNKS)])
             i = token - first
+            total = isa.dot_group(zeros(i), chunks, [words[c] for c in range(CHUNKS)])
             T.buffer_store(acc, t.scaled(total, scale, acc[i]), [i])
 
     def sums(self, acc: Any, tokens: int) -> list[Any]:

@@ -44,7 +44,7 @@ class ArmCpu(CpuTarget):
 
     def isas(self) -> Sequence[Isa]:
         """Instruction sets of the SoC's levels, best first."""
-        from llamac.schedules.intrin.arm import scheduled_for, scheduling_model  # noqa: PLC0415
+        from llamac.schedules.intrin.arm import scheduling_model  # noqa: PLC0415
         from llamac.schedules.intrin.arm_levels import ARM_LEVELS  # noqa: PLC0415
 
         if self.soc.levels:
@@ -53,7 +53,7 @@ class ArmCpu(CpuTarget):
             features = {feature for cluster in self.soc.clusters for feature in cluster.features}
             wanted = {*ALWAYS, *(IF_PRESENT & features)}
         model = scheduling_model(self.soc.clusters[0].mcpu)
-        return [scheduled_for(isa, model) for isa in ARM_LEVELS if isa.name in wanted]
+        return [isa.scheduled_for(model) for isa in ARM_LEVELS if isa.name in wanted]
 
     def check(self) -> Sequence[Missing]:
         """A C compiler that can link for the target, and the NDK if the user names one."""

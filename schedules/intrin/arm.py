@@ -2,7 +2,7 @@
 
 A level may use only the features that it names, because these are what the library checks at load.
 Naming a CPU (`mcpu`) tells LLVM much more than that, so a named CPU is used for its scheduling
-model alone: whatever it could do beyond the level is switched off again (`scheduled_for`).
+model alone: whatever it could do beyond the level is switched off again (`ArmNeon.scheduled_for`).
 """
 
 from __future__ import annotations
@@ -44,6 +44,25 @@ class ArmNeon(Isa):
     features: tuple[str, ...] = ()
     target = target_of()
 
+    def scheduled_for(self, mcpu: str) -> ArmNeon:
+        """The same level, scheduled by LLVM for a core; its instructions stay those of the level.
+
+        Args:
+            mcpu: LLVM's name of a core, "cortex-x4"; names that LLVM does not know change nothing.
+        """
+        if mcpu not in _known_cpus():
+            return self
+        allowed = _BASELINE | set(self.features)
+        beyond = sorted(f for f in _cpu_features(mcpu) - allowed if not _TUNING.match(f))
+        # Minus first: LLVM reads from left to right, and dropping a version drops what it implies.
+        features = [f for f in self.target["mattr"] if f.startswith("+")]
+        scheduled = copy.copy(self)
+        scheduled.target = self.target | {
+            "mcpu": mcpu,
+            "mattr": [*(f"-{feature}" for feature in beyond), *features],
+        }
+        return scheduled
+
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """A * b + c, rounded once."""
         return float_intrinsic("fma", lanes_of(a), a, b, c)
@@ -68,12 +87,15 @@ class ArmNeon(Isa):
         low = T.shift_right(T.Bind(T.shift_left(packed, four)), four)
         return T.Bind(low), T.Bind(T.shift_right(packed, four))
 
-    def dot_group(self, chunks: Sequence[Any], words: Sequence[tuple[Any, int]]) -> Any:
+    def dot_group(
+        self, zeros: Any, chunks: Sequence[Any], words: Sequence[tuple[Any, int]]
+    ) -> Any:
         """int32x4: four rows times a token's 32 codes, of nibbles as `unpack` leaves them.
 
         Sums of eight products of a nibble and a code fit int16.
 
         Args:
+            zeros: int32x4 to start with, for instructions that add.
             chunks: eight int8x16, four codes of four rows each.
             words: for each chunk the int32x4 and the lane with the token's four codes.
         """
@@ -128,9 +150,11 @@ class ArmDotprod(ArmNeon):
         low = T.shift_left(packed, T.broadcast(T.int8(4), 16))
         return T.Bind(low), T.Bind(T.bitwise_and(packed, T.broadcast(T.int8(-16), 16)))
 
-    def dot_group(self, chunks: Sequence[Any], words: Sequence[tuple[Any, int]]) -> Any:
+    def dot_group(
+        self, zeros: Any, chunks: Sequence[Any], words: Sequence[tuple[Any, int]]
+    ) -> Any:
         """Eight sdot by lane."""
-        total = self.splat(T.int32(0))
+        total = zeros
         for rows, (codes, lane) in zip(chunks, words, strict=True):
             total = T.Bind(self.dot_lane(total, rows, codes, lane))
         return total
@@ -163,24 +187,9 @@ _TUNING = re.compile(
 _BASELINE = frozenset({"neon", "fp-armv8"})
 
 
-def scheduled_for(isa: ArmNeon, mcpu: str) -> ArmNeon:
-    """The same level, scheduled by LLVM for a core; its instructions stay those of the level.
-
-    Args:
-        isa: a level.
-        mcpu: LLVM's name of a core, "cortex-x4"; "generic" and names that LLVM does not know
-            change nothing.
-    """
-    if mcpu == "generic" or mcpu not in _known_cpus():
-        return isa
-    allowed = _BASELINE | set(isa.features)
-    beyond = sorted(f for f in _cpu_features(mcpu) - allowed if not _TUNING.match(f))
-    # Minus first: LLVM reads from left to right, and dropping a version drops what it implies.
-    mattr = [f"-{feature}" for feature in beyond] + isa.target["mattr"]
-    scheduled = copy.copy(isa)
-    scheduled.target = isa.target | {"mcpu": mcpu, "mattr": mattr}
-    return scheduled
-
+# Models that differ in what they make of our kernels: spills, order of loads, paired loads. Their
+# names are a knob of every kernel.
+SCHEDULING_MODELS = ("generic", "cortex-a57", "cortex-x4", "neoverse-v1", "neoverse-v2", "apple-m4")
 
 # Cores that issue in the order of the program: LLVM's generic model spreads loads for them, where
 # the models of large cores keep values in registers and leave the order to the hardware.

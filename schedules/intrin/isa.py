@@ -55,6 +55,10 @@ class Isa:
         """The name as it stands at the end of kernel names."""
         return self.name.replace("-", "_")
 
+    def scheduled_for(self, mcpu: str) -> Isa:
+        """The same instructions, scheduled by LLVM for a core; most sets know one schedule."""
+        return self
+
     # -- moving data -----------------------------------------------------------------------------
 
     def load(self, buffer: tirx.Buffer, *index: Any, lanes: int | None = None) -> Any:
