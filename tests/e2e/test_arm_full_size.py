@@ -18,7 +18,7 @@ from llamac.tools.make_synthetic import FORMS, make_synthetic
 pytestmark = [pytest.mark.slow, pytest.mark.needs("qemu-aarch64")]
 
 CHUNK = 32
-# Of logits, root mean square relative to their spread: sixteen layers carry on what codes near a tie
+# Of logits, root mean square relative to their spread: sixteen layers carry on what codes near ties
 # change.
 TOLERANCE = 0.05
 
