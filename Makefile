@@ -19,6 +19,10 @@ LLAMAC := $(dir $(PYTHON))llamac
 # What `make devices` fetches; tests look here.
 export LLAMAC_DEVICES ?= $(abspath build/devices)
 
+# Processes that share the tests; each takes up to 1 GB. Files stay whole, for they share bundles.
+JOBS ?= 2
+PYTEST = -m pytest -q -n $(JOBS) --dist loadfile
+
 DEMO_MODEL := examples/tiny-llama/spinquant
 DEMO_BUNDLE := bundles/tiny-llama-host
 DEMO_PROMPT := Tell me a story about a fox.
@@ -47,18 +51,18 @@ devices: $(INSTALLED) ## Fetch what tests of Arm CPUs run on (arm64 Python, a QE
 
 .PHONY: test
 test: $(INSTALLED) ## Run the fast tests
-	$(PYTHON) -m pytest -q -m "not slow"
+	$(PYTHON) $(PYTEST) -m "not slow"
 
 .PHONY: test-all
 test-all: $(INSTALLED) ## Run all tests, the slow ones too
-	$(PYTHON) -m pytest -q
+	$(PYTHON) $(PYTEST)
 
 .PHONY: test-wheel
 test-wheel: wheel ## Run the fast tests against the installed wheel, outside the checkout
 	rm -rf build/test-wheel && mkdir -p build/test-wheel
 	$(PYTHON) -m pip install --quiet --no-deps --target build/test-wheel/site dist/llamac-*.whl
 	cp -r tests examples pyproject.toml build/test-wheel/
-	cd build/test-wheel && PYTHONPATH=site $(abspath $(PYTHON)) -m pytest -q -o pythonpath= -m "not slow"
+	cd build/test-wheel && PYTHONPATH=site $(abspath $(PYTHON)) $(PYTEST) -o pythonpath= -m "not slow"
 
 .PHONY: check
 check: $(INSTALLED) ## Check format, lint and types

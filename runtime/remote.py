@@ -26,6 +26,7 @@ from llamac.runtime.errors import AbiMismatch, DeviceError, SessionClosed
 from llamac.runtime.library import NativeInfo
 from llamac.runtime.manifest import ABI_VERSION
 from llamac.runtime.status import error_of_status
+from llamac.runtime.system import interrupts_later
 
 __all__ = ["Operation", "RemoteModel", "RemoteSession", "RunnerProcess"]
 
@@ -78,9 +79,15 @@ class RunnerProcess:
         self._lock = threading.RLock()
         # Not a pipe: nobody reads it while the program runs, and a full one would stop it.
         self._errors = tempfile.TemporaryFile()
+        with interrupts_later():
+            self._process = self._start(command)
+            self._release = weakref.finalize(self, _end, self._process, self._errors)
+        self._dropped: deque[int] = deque()
+
+    def _start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         try:
             # A session of its own, so that Ctrl-C reaches this program alone, which then ends it.
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -94,8 +101,6 @@ class RunnerProcess:
                 cause="it is missing, or no program of this machine",
                 fix="check the bundle with `llamac inspect --check`, and its folder's permissions",
             ) from error
-        self._release = weakref.finalize(self, _end, self._process, self._errors)
-        self._dropped: deque[int] = deque()
 
     @property
     def pid(self) -> int:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 __all__ = [
     "available_memory",
     "c_library",
     "default_threads",
+    "interrupts_later",
     "machine",
     "operating_system",
     "usable_cpus",
@@ -79,3 +85,24 @@ def _capacity(path: Path) -> int:
         return int(path.read_text("ascii"))
     except (OSError, ValueError):
         return 1
+
+
+@contextmanager
+def interrupts_later() -> Iterator[None]:
+    """Let Ctrl-C wait until the body has ended.
+
+    For starting a process: an exception between its start and the line that remembers it would
+    leave it running. Handlers belong to the main thread, and other threads are never interrupted.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])

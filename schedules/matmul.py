@@ -59,14 +59,11 @@ def valid(shape: MatmulShape, isa: Isa, knobs: Mapping[str, int]) -> bool:
 
 
 def default(shape: MatmulShape, isa: Isa) -> dict[str, int]:
-    """Four chains for a GEMV; two chains of eight or two tokens for a GEMM."""
+    """Four chains for a GEMV; for a GEMM two chains, or one of short vectors, of 2 to 8 tokens."""
     if shape.m == 1:
         return {"mr": 1, "chains": 4 if isa.lanes >= 8 else 2, "prefetch": 64}
-    return {
-        "mr": min(shape.m, 8 if isa.registers >= 32 else 2),
-        "chains": 2 if isa.lanes > 4 else 1,
-        "prefetch": 0,
-    }
+    most = 2 if isa.registers < 32 else 8 if isa.lanes > 4 else 6
+    return {"mr": min(shape.m, most), "chains": 2 if isa.lanes > 4 else 1, "prefetch": 0}
 
 
 def make(

@@ -46,6 +46,8 @@ from llamac.schedules.qmatmul_tiles import LaneTile, emit_panels
 from llamac.schedules.quantize import GROUP, PANEL
 
 VERSION = 1
+# Threads of musl have stacks of 128 KiB.
+MOST_KEPT_BYTES = 64 << 10
 
 KNOBS: Mapping[str, tuple[int | str, ...]] = {
     "mr": (4, 8, 12, 16),  # tokens per tile of four rows; a GEMV has one
@@ -57,13 +59,14 @@ KNOBS: Mapping[str, tuple[int | str, ...]] = {
 
 
 def valid(shape: QMatmulShape, isa: ArmNeon, knobs: Knobs) -> bool:
-    """Whether tiles fit a panel and the unrolled loop divides the columns."""
+    """Whether tiles fit a panel, kept quads the stack, and the unrolled loop the columns."""
     if shape.m == 1:
         tile = knobs["mr"] == 1
     elif isinstance(isa, Scalable):
         tile = knobs["mr"] == PANEL and not knobs.get("unpack_once", 0)
     else:
-        tile = knobs["mr"] in KNOBS["mr"]
+        fits = not knobs.get("unpack_once", 0) or kept_bytes(shape, isa) <= MOST_KEPT_BYTES
+        tile = knobs["mr"] in KNOBS["mr"] and fits
     return tile and (shape.k // GROUP) % int(knobs["unroll"]) == 0
 
 
@@ -75,7 +78,14 @@ def default(shape: QMatmulShape, isa: ArmNeon) -> dict[str, int]:
     if isinstance(isa, Scalable):
         return {"mr": PANEL, "unroll": pairs if isinstance(isa, ArmSme) else 1, "prefetch": 0}
     mr = PANEL if isinstance(isa, ArmDotprod) else PANEL // 2
-    return {"mr": mr, "unroll": 1, "prefetch": 0, "unpack_once": int(shape.m > 2 * PANEL)}
+    keep = shape.m > 2 * PANEL and kept_bytes(shape, isa) <= MOST_KEPT_BYTES
+    return {"mr": mr, "unroll": 1, "prefetch": 0, "unpack_once": int(keep)}
+
+
+def kept_bytes(shape: QMatmulShape, isa: ArmNeon) -> int:
+    """Bytes on the stack of a quad that is unpacked once, or of two."""
+    vectors = CHUNKS + (2 if isinstance(isa, ArmI8mm) else 1)
+    return shape.k // GROUP * vectors * 16 * (2 if shape.epilogue == "swiglu" else 1)
 
 
 def make(

@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from llamac.runtime.errors import DeviceError, LlamacError, UsageError
+from llamac.runtime.system import interrupts_later
 from llamac.tools import bench_count, emulation
 from llamac.tools.console import (
     Row,
@@ -183,12 +185,12 @@ def measure_in_child(request: Request) -> Measurement:
     command = [sys.executable, "-m", "llamac.tools.measure", json.dumps(asdict(request))]
     # -P: the folder it starts in must not be searched for modules.
     command.insert(1, "-P")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            output, _ = process.communicate()
-        except BaseException:
-            _interrupt(process)
-            raise
+    with ExitStack() as stack:
+        with interrupts_later():
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            stack.enter_context(process)
+            stack.push(partial(_end_if_interrupted, process))
+        output, _ = process.communicate()
     if process.returncode != 0:
         raise DeviceError(
             f"the measuring process ended with code {process.returncode}",
@@ -201,8 +203,10 @@ def measure_in_child(request: Request) -> Measurement:
     return Measurement(**answer["measurement"])
 
 
-def _interrupt(process: subprocess.Popen[str]) -> None:
-    """End the measuring process in a way that lets it end its emulator."""
+def _end_if_interrupted(process: subprocess.Popen[str], kind: object, *_: object) -> None:
+    """After an exception, end the measuring process in a way that lets it end its emulator."""
+    if kind is None:
+        return
     try:
         process.wait(1)  # Ctrl-C of a terminal has reached it too
     except subprocess.TimeoutExpired:

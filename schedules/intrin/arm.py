@@ -87,9 +87,7 @@ class ArmNeon(Isa):
         low = T.shift_right(T.Bind(T.shift_left(packed, four)), four)
         return T.Bind(low), T.Bind(T.shift_right(packed, four))
 
-    def dot_group(
-        self, zeros: Any, chunks: Sequence[Any], words: Sequence[tuple[Any, int]]
-    ) -> Any:
+    def dot_group(self, zeros: Any, chunks: Sequence[Any], words: Sequence[tuple[Any, int]]) -> Any:
         """int32x4: four rows times a token's 32 codes, of nibbles as `unpack` leaves them.
 
         Sums of eight products of a nibble and a code fit int16.
@@ -150,9 +148,7 @@ class ArmDotprod(ArmNeon):
         low = T.shift_left(packed, T.broadcast(T.int8(4), 16))
         return T.Bind(low), T.Bind(T.bitwise_and(packed, T.broadcast(T.int8(-16), 16)))
 
-    def dot_group(
-        self, zeros: Any, chunks: Sequence[Any], words: Sequence[tuple[Any, int]]
-    ) -> Any:
+    def dot_group(self, zeros: Any, chunks: Sequence[Any], words: Sequence[tuple[Any, int]]) -> Any:
         """Eight sdot by lane."""
         total = zeros
         for rows, (codes, lane) in zip(chunks, words, strict=True):

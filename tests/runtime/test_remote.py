@@ -5,6 +5,7 @@ The chain model (chain_model.c) stands for a model; its library in this process 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import struct
@@ -290,6 +291,26 @@ def test_a_forgotten_model_ends_its_process(runner: Path, bundle: Path) -> None:
     pid = model.process.pid
     del model
     assert not is_running(pid)
+
+
+def test_an_interrupt_while_a_runner_starts_leaves_no_process(
+    runner: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C may come before the new process is known to anybody."""
+    started = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **options)  # type: ignore[call-overload]
+            started.append(self.pid)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        RunnerProcess([str(runner), "--serve"])
+    gc.collect()
+    assert len(started) == 1
+    assert not is_running(started[0])
 
 
 def test_a_runner_ends_with_its_client(runner: Path, bundle: Path) -> None:

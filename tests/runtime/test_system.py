@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,33 @@ def test_small_cores_get_no_thread(
         (tmp_path / f"cpu{cpu}").mkdir()
         (tmp_path / f"cpu{cpu}" / "cpu_capacity").write_text(f"{capacity}\n")
     assert system.default_threads(tmp_path) == threads
+
+
+def test_an_interrupt_waits_until_the_body_has_ended() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), system.interrupts_later():
+        signal.raise_signal(signal.SIGINT)
+        done.append("the rest of the body")
+    assert done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_of_the_body_is_not_lost_behind_an_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt) as raised, system.interrupts_later():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("of the body")
+    assert isinstance(raised.value.__context__, ValueError)
+
+
+def test_other_threads_change_no_handler() -> None:
+    """They may not; Python interrupts the main thread alone."""
+    handlers = []
+
+    def enter() -> None:
+        with system.interrupts_later():
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.default_int_handler]

@@ -15,6 +15,7 @@ from llamac.compiler.floats import from_bfloat16, round_to, to_bfloat16
 from llamac.schedules import qmatmul, qmatmul_quads
 from llamac.schedules.intrin.arm import ArmNeon
 from llamac.schedules.intrin.arm_levels import ARM_LEVELS
+from llamac.schedules.intrin.arm_scalable import Scalable
 from llamac.schedules.intrin.x86 import X86_LEVELS, X86Portable
 from llamac.schedules.qmatmul import GROUP, ROWS, QMatmulShape
 from llamac.targets.cpu import packing
@@ -231,6 +232,17 @@ def test_tiles_that_spill_or_do_not_divide_are_not_valid():
     assert not qmatmul.valid(shape, avx2, {"mr": 12, "unroll": 1})
     assert not qmatmul.valid(shape, avx512, {"mr": 4, "unroll": 2})
     assert not qmatmul.valid(QMatmulShape(2, 32, 96), avx512, {"mr": 4, "unroll": 1})
+
+
+def test_a_kept_quad_fits_the_stack_of_a_thread(arm_isa):
+    """All shapes of 1B and 3B fit; of longer rows the default keeps nothing."""
+    kept = [qmatmul_quads.default(QMatmulShape(128, *nk), arm_isa) for nk in REAL]
+    keeps = not isinstance(arm_isa, Scalable)
+    assert [knobs.get("unpack_once", 0) for knobs in kept] == [int(keeps)] * len(REAL)
+    long = QMatmulShape(128, 32, 16384)
+    assert not qmatmul_quads.default(long, arm_isa).get("unpack_once", 0)
+    knobs = {"mr": 16, "unroll": 1, "unpack_once": 1}
+    assert not qmatmul_quads.valid(long, arm_isa, knobs)
 
 
 @pytest.mark.parametrize("m", [1, 8])
