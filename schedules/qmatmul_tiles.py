@@ -69,12 +69,14 @@ class Tile:
         t, isa = self.tensors, self.tensors.isa
         place = (quad, panel, first, tokens)
         if t.epilogue.is_swiglu:
-            gate, up = self._quad(item * 2, *place, 0), self._quad(item * 2 + 1, *place, 1)
-            values = [isa.silu(g) * u for g, u in zip(gate, up, strict=True)]
+            values = self._quad(item * 2, *place, 0)
+            ups = self._quad(item * 2 + 1, *place, 1)
         else:
-            values = self._quad(item, *place, None)
+            values, ups = self._quad(item, *place, None), []
         for i, value in enumerate(values):
-            t.epilogue.store(value, panel * PANEL + first + i, item * ROWS + quad * QUAD)
+            # Stored at once: LLVM would keep all of the activations in registers otherwise.
+            result = isa.silu(value) * ups[i] if ups else value
+            t.epilogue.store(result, panel * PANEL + first + i, item * ROWS + quad * QUAD)
 
     def start(self, item: Any) -> None:
         """Prepare a work item."""
