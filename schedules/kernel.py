@@ -33,10 +33,15 @@ class KernelBuilder:
         name: symbol of the kernel, in the grammar `<op>_<dst>_<lhs>_<rhs>_<isa>`.
         work: number of independent work items.
         mcpu: core for which LLVM schedules the kernel; "" leaves that to the instruction set.
+        alignment: bytes to which all tensors are aligned, see `Isa.alignment`. Nothing checks it
+            in the kernel.
     """
 
-    def __init__(self, name: str, work: int, mcpu: str = "") -> None:
+    def __init__(
+        self, name: str, work: int, mcpu: str = "", alignment: int = Isa.alignment
+    ) -> None:
         self._mcpu = mcpu
+        self._alignment = alignment
         self._name = name
         self._work = work
         self._outputs = 0
@@ -55,12 +60,12 @@ class KernelBuilder:
 
     def input(self, name: str, shape: tuple[int, ...], dtype: str) -> Buffer:
         """Declare an input tensor (bfloat16 is declared as its uint16 bits)."""
-        return T.arg(name, T.buffer(shape, dtype))
+        return T.arg(name, T.buffer(shape, dtype, align=self._alignment))
 
     def output(self, name: str, shape: tuple[int, ...], dtype: str) -> Buffer:
         """Declare an output tensor; outputs follow all inputs."""
         self._outputs += 1
-        return T.arg(name, T.buffer(shape, dtype))
+        return T.arg(name, T.buffer(shape, dtype, align=self._alignment))
 
     @contextmanager
     def items(self, around: AbstractContextManager[None] | None = None) -> Iterator[Any]:

@@ -41,6 +41,7 @@ class Isa:
         features: CPU features that must all be present at load, in the manifest's words.
         target: the TVM target as a dict.
         codes: how the bytes of activation codes are arranged, see `schedules/quantize.py`.
+        alignment: bytes to which every tensor of a kernel is aligned.
     """
 
     name: str = "generic"
@@ -49,6 +50,7 @@ class Isa:
     features: tuple[str, ...] = ()
     target: dict[str, Any] = {"kind": "llvm"}  # noqa: RUF012 (read only)
     codes: str = "offset rows"
+    alignment: int = 64
 
     @property
     def suffix(self) -> str:
