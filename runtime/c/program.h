@@ -59,7 +59,8 @@ typedef int32_t (*llamac_kernel)(void *self, const TVMFFIAny *args, int32_t num_
 
 /* ---- CPU features (llamac_level.features) -------------------------------------------------- */
 
-/* A level without bits runs on every CPU of the architecture (x86-64: SSE2; AArch64: NEON). */
+/* A level without bits runs on every CPU of the architecture (x86-64: SSE2; AArch64: NEON;
+ * Hexagon: no vectors). */
 #define LLAMAC_X86_AVX2 (UINT64_C(1) << 0)
 #define LLAMAC_X86_FMA (UINT64_C(1) << 1)
 #define LLAMAC_X86_F16C (UINT64_C(1) << 2)
@@ -102,7 +103,8 @@ typedef struct {
   uint8_t space; /* enum llamac_space */
   uint8_t dtype_code, dtype_bits;
   uint8_t ndim;     /* 1 to 4 */
-  uint64_t offset;  /* bytes from the start of the space (of the file for weights); 64-aligned */
+  uint64_t offset;  /* bytes from the start of the space (of the file for weights); a multiple of
+                     program.alignment */
   int64_t shape[4]; /* elements; unused entries are not read */
 } llamac_tensor_desc;
 
@@ -142,6 +144,7 @@ typedef struct {
   const char *model_name;
   uint8_t build_id[32]; /* must equal that of weights.bin */
   uint64_t weights_bytes, arena_bytes, kv_bytes;
+  uint32_t alignment; /* of every tensor, bytes: what kernels rely on; 0 is not checked */
   int32_t vocab_size, context_length;
   int32_t max_chunk; /* the largest num_tokens; KV tensors hold context_length + max_chunk */
   const llamac_tensor_desc *tensors;

@@ -21,6 +21,21 @@ struct llamac_session {
 
 /* ---- Create and destroy -------------------------------------------------------------------- */
 
+/* Checks once what kernels rely on at every call: HVX ignores the low bits of an address, so that a
+ * tensor at a wrong place would be read and written somewhere else, without any sign of it. */
+static llamac_status check_alignment(const llamac_program *program, uint8_t *const bases[3],
+                                     llamac_error *error) {
+  for (uint32_t i = 0; i < program->num_tensors && program->alignment > 0; i++) {
+    const llamac_tensor_desc *tensor = &program->tensors[i];
+    uintptr_t place = (uintptr_t)bases[tensor->space] + (uintptr_t)tensor->offset;
+    if (place % program->alignment != 0)
+      return llamac_fail(error, LLAMAC_ERROR_WEIGHTS,
+                         "tensor %u lies %u bytes behind a multiple of %u, where kernels expect it",
+                         i, (unsigned)(place % program->alignment), program->alignment);
+  }
+  return LLAMAC_OK;
+}
+
 /* Maps the memory, starts the threads and prepares the calls. */
 static llamac_status set_up(llamac_session *session, const llamac_session_options *options,
                             llamac_error *error) {
@@ -33,7 +48,9 @@ static llamac_status set_up(llamac_session *session, const llamac_session_option
                        "no memory for %llu bytes of KV cache and %llu bytes of arena",
                        (unsigned long long)program->kv_bytes,
                        (unsigned long long)program->arena_bytes);
-  llamac_status status = llamac_pool_create(options, &session->pool, error);
+  llamac_status status = check_alignment(program, session->bases, error);
+  if (status != LLAMAC_OK) return status;
+  status = llamac_pool_create(options, &session->pool, error);
   if (status != LLAMAC_OK) return status;
   session->executor =
       llamac_executor_create(session->model, session->bases, options->num_threads);

@@ -32,7 +32,6 @@ from llamac.targets.program import (
 )
 
 PAGE = 4096
-ALIGN = 64
 
 
 def align_up(offset: int, to: int) -> int:
@@ -49,14 +48,20 @@ class KernelCall:
     outputs: tuple[Var, ...]
 
 
-def plan_program(selection: Selection) -> Program:
-    """Give every tensor of a selection its place."""
-    return _Planner(selection).plan()
+def plan_program(selection: Selection, alignment: int = 64) -> Program:
+    """Give every tensor of a selection its place.
+
+    Args:
+        selection: kernels and their calls.
+        alignment: of every tensor, in bytes; a power of two, at most a page.
+    """
+    return _Planner(selection, alignment).plan()
 
 
 class _Planner:
-    def __init__(self, selection: Selection) -> None:
+    def __init__(self, selection: Selection, alignment: int) -> None:
         self._selection = selection
+        self._alignment = alignment
         self._tensors: list[ProgramTensor] = []
         self._shared: dict[str, int] = {}  # weights and caches by name
         self._kernels: dict[str, int] = {}
@@ -85,7 +90,7 @@ class _Planner:
     def _function(self, name: str, function: relax.Function) -> Function:
         calls, results = _read_kernel_calls(self._selection, function)
         same = self._resolve(calls)
-        arena = _Arena(self._tensors)
+        arena = _Arena(self._tensors, self._alignment)
         places: dict[Var, int] = {}
         for param in function.params:
             if param.name in ("tokens", "meta"):
@@ -137,7 +142,7 @@ class _Planner:
             space = "kv" if _is_state(var) else "weights"
             shape, dtype = _type(var)
             size = tensor_bytes(dtype, shape)
-            offset = align_up(self._sizes[space], PAGE if size >= PAGE else ALIGN)
+            offset = align_up(self._sizes[space], PAGE if size >= PAGE else self._alignment)
             self._sizes[space] = offset + size
             pack = self._selection.packs.get(var.name)
             self._shared[var.name] = len(self._tensors)
@@ -148,8 +153,9 @@ class _Planner:
 class _Arena:
     """Places of one function's own tensors: first fit among the gaps of the live ones."""
 
-    def __init__(self, tensors: list[ProgramTensor]) -> None:
+    def __init__(self, tensors: list[ProgramTensor], alignment: int) -> None:
         self._tensors = tensors
+        self._alignment = alignment
         self._live: dict[Var, tuple[int, int]] = {}
         self._kept: set[Var] = set()
         self.size = 0
@@ -161,7 +167,7 @@ class _Arena:
     def add(self, name: str, var: Var, keep: bool = False) -> int:
         """Place a tensor; returns its index."""
         shape, dtype = _type(var)
-        size = align_up(tensor_bytes(dtype, shape), ALIGN)
+        size = align_up(tensor_bytes(dtype, shape), self._alignment)
         offset = 0
         for begin, end in sorted(self._live.values()):
             if offset + size <= begin:

@@ -69,6 +69,11 @@ class CpuTarget(Target):
     def isas(self) -> Sequence[Isa]:
         """Instruction sets of the levels of this SoC, best first."""
 
+    @property
+    def alignment(self) -> int:
+        """Bytes to which every tensor is aligned, so that all levels can read it."""
+        return max(getattr(isa, "alignment", 64) for isa in self.isas())
+
     def levels(self) -> Sequence[SocLevel]:
         """The levels by name and features."""
         return [SocLevel(name=isa.name, features=isa.features) for isa in self.isas()]
@@ -101,7 +106,7 @@ class CpuTarget(Target):
         from llamac.targets.cpu.selection import select_kernels  # noqa: PLC0415
 
         selection = select_kernels(mod, options.scale_dtype, self.isas()[0])
-        program = plan_program(selection)
+        program = plan_program(selection, self.alignment)
         return Lowered(selection.module, program, kernels=selection.kernels)
 
     def pack(
@@ -123,7 +128,9 @@ class CpuTarget(Target):
         levels = [Level(isa.name, isa.features) for isa in self.isas()]
         objects = self._compile(lowered, levels, work, progress)
         entry = work / "entry.c"
-        source = entry_source(lowered.program, identity, levels, self.feature_prefix)
+        source = entry_source(
+            lowered.program, identity, levels, self.feature_prefix, self.alignment
+        )
         entry.write_text(source, encoding="ascii")
         progress("link", len(objects), len(objects) + 1)
         sources = [entry, *sorted(RUNTIME_SOURCES.glob("*.c"))]

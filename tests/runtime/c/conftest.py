@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import (
     POINTER,
@@ -250,20 +250,30 @@ def c_sources() -> Path:
 
 
 @pytest.fixture(scope="session")
-def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def link_fake(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Link libmodel.so of the fake model, with more flags for the compiler if wanted."""
+
+    def link(*cflags: str) -> Path:
+        out = tmp_path_factory.mktemp("fake") / "libmodel.so"
+        link_shared(
+            find_toolchain(),
+            sources=FakeModel.sources,
+            objects=[],
+            include_dirs=[C_SOURCES],
+            out=out,
+            target=HOST,
+            soname="libmodel.so",
+            cflags=("-Wall", "-Wextra", "-Werror", *cflags),
+        )
+        return out
+
+    return link
+
+
+@pytest.fixture(scope="session")
+def fake_library(link_fake: Callable[..., Path]) -> Path:
     """libmodel.so of the fake model."""
-    out = tmp_path_factory.mktemp("fake") / "libmodel.so"
-    link_shared(
-        find_toolchain(),
-        sources=FakeModel.sources,
-        objects=[],
-        include_dirs=[C_SOURCES],
-        out=out,
-        target=HOST,
-        soname="libmodel.so",
-        cflags=("-Wall", "-Wextra", "-Werror"),
-    )
-    return out
+    return link_fake()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,10 @@
 
 #include "program.h"
 
+#ifndef FAKE_ALIGNMENT
+#define FAKE_ALIGNMENT 64
+#endif
+
 enum { VOCAB = 32, DIM = 16, CONTEXT = 20, MAX_CHUNK = 8, LOG = 64 };
 
 void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t num_parts);
@@ -195,6 +199,7 @@ const llamac_program llamac_program_table = {
     .weights_bytes = WEIGHTS_BYTES,
     .arena_bytes = 4096 + 3 * ROWS_BYTES,
     .kv_bytes = (CONTEXT + MAX_CHUNK) * DIM * 4,
+    .alignment = FAKE_ALIGNMENT,
     .vocab_size = VOCAB,
     .context_length = CONTEXT,
     .max_chunk = MAX_CHUNK,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from collections.abc import Callable
 from ctypes import c_float, c_int32, c_void_p
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ def test_default_options_are_one_thread(fake: Any, model: c_void_p) -> None:
     assert fake.lib.llamac_session_create(model, None, ctypes.byref(handle), None) == 0
     assert _threads() == before
     fake.lib.llamac_session_destroy(handle)
+
+
+def test_tensors_where_kernels_do_not_expect_them_are_refused(
+    fake: Any, link_fake: Callable[..., Path]
+) -> None:
+    """HVX would ignore the low bits of their addresses."""
+    other = type(fake)(link_fake("-DFAKE_ALIGNMENT=1048576"), fake.weights_path)
+    model = other.open()
+    with pytest.raises(Exception, match="behind a multiple of 1048576") as info:
+        other.session(model)
+    assert getattr(info.value, "status", None) == 3  # LLAMAC_ERROR_WEIGHTS
+    other.lib.llamac_model_close(model)
 
 
 def test_workers_block_signals(fake: Any, model: c_void_p) -> None:
