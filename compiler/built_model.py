@@ -31,7 +31,7 @@ def opener(
         artifacts: what was built.
         weights: name of the weights.
     """
-    if target.soc.arch == system.machine():
+    if target.arch == system.machine():
         fits = (None, system.c_library())
         for library in artifacts:
             if library.role == "library" and library.flavour in fits:
@@ -43,9 +43,9 @@ def opener(
 
     runners = [artifact.path for artifact in artifacts if artifact.role == RUNNER_ROLE]
     if not runners:
-        return None, f"it is for {target.soc.arch}, and no runner was built"
+        return None, f"it is for {target.arch}, and no runner was built"
     try:
-        emulator = find_emulator()
+        emulator = find_emulator(arch=target.arch)
     except ToolchainMissing as error:
         return None, f"{error.message}; verify later: llamac verify BUNDLE MODEL --emulate"
     return partial(emulator.open_runner, folder / runners[0], folder / weights), (

@@ -263,13 +263,15 @@ def _find_target(config: CompileConfig) -> Target:
                 cause=f"its SoC file lists {', '.join(plugins)}",
                 fix=f"choose from {', '.join(plugins)} with --processors",
             )
-    if config.processors != ("cpu",):
+    if len(config.processors) != 1:
         raise TargetUnknown(
-            f"this version compiles for the CPU alone, not for {', '.join(config.processors)}",
-            cause="placing parts of a model on other processors needs their plug-ins",
-            fix="leave --processors at cpu",
+            f"this version compiles a model for one processor, not for "
+            f"{', '.join(config.processors) or 'none'}",
+            cause="it places no parts of a model on different processors",
+            fix=f"choose one of {', '.join(plugins)} with --processors",
         )
-    target = make_target(plugins["cpu"], soc)
+    [kind] = config.processors
+    target = make_target(plugins[kind], soc)
     _check_dtypes(config, target)
     return target
 
@@ -379,7 +381,9 @@ def _manifest(
         model=describe_model(checkpoint, identity.model_name, identity.context_length),
         quantization=describe_quantization(checkpoint, config.scale_dtype, config.kv_dtype, notes),
         tokenizer=tokenizer,
-        target=TargetEntry(soc.name, target.name, config.processors, soc.arch, soc.os[0], levels),
+        target=TargetEntry(
+            soc.name, target.name, config.processors, target.arch, target.os, levels
+        ),
         memory=memory,
         functions=tuple(FunctionEntry(f.name, f.num_tokens) for f in program.functions),
         files={str(artifact.path): artifact_entry(folder, artifact) for artifact in artifacts},

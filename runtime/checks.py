@@ -175,7 +175,8 @@ def check_target(manifest: Manifest) -> None:
     check_abi(manifest)
     target = manifest.target
     here = (system.machine(), system.operating_system())
-    systems = (target.os,) if None in manifest.libraries() else FLAVOURED_SYSTEMS
+    has_flavours = manifest.libraries().keys() - {None}
+    systems = FLAVOURED_SYSTEMS if has_flavours else (target.os,)
     if here[0] != target.arch or here[1] not in systems:
         raise CpuUnsupported(
             f"the bundle is for {target.arch} {' and '.join(systems)} ({target.soc}), "

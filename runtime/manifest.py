@@ -331,10 +331,11 @@ def _check_files(manifest: Manifest) -> None:
 
 
 def _check_libraries(manifest: Manifest) -> None:
-    """One library without flavour, or one of each flavour."""
-    count = sum(entry.role == "library" for entry in manifest.files.values())
+    """One library without flavour, or one of each flavour; none if there is a runner instead."""
+    roles = [entry.role for entry in manifest.files.values()]
+    count = roles.count("library")
     flavours = manifest.libraries()
-    if count == 0:
+    if count == 0 and "runner" not in roles:
         raise SchemaError("files", "has 0 files of role 'library'")
     if count > 1 and (None in flavours or len(flavours) < count):
         raise SchemaError("files", f"has {count} files of role 'library', not one of each flavour")

@@ -165,6 +165,16 @@ class Target(ABC):
             )
         self.soc = soc
 
+    @property
+    def arch(self) -> str:
+        """Architecture of the code that it makes, in the words of manifests."""
+        return self.soc.arch
+
+    @property
+    def os(self) -> str:
+        """Operating system that the code needs."""
+        return self.soc.os[0]
+
     def tvm_target(self, level: str = "") -> dict[str, Any]:
         """Return the dict that `tvm.target.Target` takes. Default: empty, TVM makes no code for it.
 

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --emulate and --cpu."""
     parser.add_argument(
-        "--emulate", action="store_true", help="run a bundle for AArch64 under qemu-aarch64"
+        "--emulate",
+        action="store_true",
+        help="run a bundle for AArch64 under qemu-aarch64, one for Hexagon under qemu-hexagon",
     )
     parser.add_argument(
         "--cpu",
         metavar="MODEL",
-        help="CPU to emulate, such as cortex-a76 or max,sve256=on (default: max); "
+        help="CPU to emulate, such as cortex-a76 or max,sve256=on (default: max, v67); "
         "`qemu-aarch64 -cpu help` lists them",
     )
 
@@ -45,9 +47,9 @@ def find(args: argparse.Namespace) -> Emulator | None:
                 fix="add --emulate, or leave out --cpu",
             )
         return None
-    from llamac.targets.emulator import find_emulator  # noqa: PLC0415
+    from llamac.targets.emulator import emulator_for  # noqa: PLC0415
 
-    return find_emulator(args.cpu)
+    return emulator_for(args.bundle, args.cpu)
 
 
 def announce(model: Model, emulator: Emulator) -> None:

@@ -109,9 +109,9 @@ def measure(request: Request) -> Measurement:
 def _find_emulator(request: Request) -> Emulator | None:
     if not request.emulate:
         return None
-    from llamac.targets.emulator import find_emulator  # noqa: PLC0415
+    from llamac.targets.emulator import emulator_for  # noqa: PLC0415
 
-    return find_emulator(request.cpu)
+    return emulator_for(Path(request.bundle), request.cpu)
 
 
 def prompt_tokens(count: int, vocab_size: int) -> list[int]:

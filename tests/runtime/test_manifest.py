@@ -168,6 +168,13 @@ def test_there_may_be_a_library_for_each_c_library() -> None:
     assert json.loads(manifest.to_json()) == document
 
 
+def test_a_runner_may_stand_for_a_library() -> None:
+    """A DSP's code is loaded by no process of this machine."""
+    document = with_libraries()
+    document["files"]["bin/llamac-runner"] = {"role": "runner", "bytes": 1, "sha256": "0" * 64}
+    assert parse(document).libraries() == {}
+
+
 @pytest.mark.parametrize(
     ("flavours", "problem"),
     [
