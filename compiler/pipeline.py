@@ -352,7 +352,7 @@ def _verify(
             cause="the built library does not compute what the reference computes",
             fix="this is a fault of llamac or of the processor: report it with `--dump`'s files",
         )
-    return replace(report.to_manifest(), where=where)
+    return replace(report.to_manifest(), where=f"{where}, level {report.level}")
 
 
 def _manifest(

@@ -180,7 +180,8 @@ class OperationCheck:
 class Verification:
     """What was compared with the reference when the bundle was made, and where it ran.
 
-    `where` is "this machine", an emulator with its CPU model, or why it could not run.
+    `where` is "this machine" or an emulator with its CPU model, and the level that ran, or why none
+    could run.
     """
 
     status: Name
