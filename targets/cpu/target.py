@@ -72,7 +72,7 @@ class CpuTarget(Target):
     @property
     def alignment(self) -> int:
         """Bytes to which every tensor is aligned, so that all levels can read it."""
-        return max(getattr(isa, "alignment", 64) for isa in self.isas())
+        return max(isa.alignment for isa in self.isas())
 
     def levels(self) -> Sequence[SocLevel]:
         """The levels by name and features."""

@@ -1,0 +1,82 @@
+"""Qualcomm's Hexagon DSP: a whole model on it, as a program that qemu-hexagon executes.
+
+Kernels come from the same generators as those of CPUs. The program is a static Linux one, which no
+DSP of a phone runs: those load libraries into a user process by FastRPC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llamac.targets.base import Artifact, Missing
+from llamac.targets.cpu.target import CpuTarget
+from llamac.targets.soc import Level as SocLevel
+
+if TYPE_CHECKING:
+    from llamac.schedules.intrin.isa import Isa
+
+ARCH = "hexagon"
+
+
+class HexagonHvx(CpuTarget):
+    """The processor "hvx" of a Snapdragon."""
+
+    name: ClassVar[str] = "hexagon-hvx"
+    processor: ClassVar[str] = "hvx"
+    feature_prefix: ClassVar[str] = "LLAMAC_HEXAGON_"
+    emulated_by: ClassVar[str] = "qemu-hexagon"
+
+    @property
+    def arch(self) -> str:
+        """Not the CPU's."""
+        return ARCH
+
+    @property
+    def os(self) -> str:
+        """Of the program for the emulator."""
+        return "linux"
+
+    @property
+    def version(self) -> str:
+        """Of the DSP, "v75"; the SoC file has it if there is a processor "hvx"."""
+        assert self.soc.hexagon is not None
+        return self.soc.hexagon.version
+
+    def tvm_target(self, level: str = "") -> dict[str, Any]:
+        """TVM target of a level; the best one by default."""
+        isas = self.isas()
+        return dict(next((isa for isa in isas if isa.name == level), isas[0]).target)
+
+    def isas(self) -> Sequence[Isa]:
+        """Instruction sets of the levels of the DSP's version, best first."""
+        from llamac.schedules.intrin.hexagon_plain import HexagonPlain  # noqa: PLC0415
+
+        return (HexagonPlain(self.version),)
+
+    def levels(self) -> Sequence[SocLevel]:
+        """The levels by name and features; those of the SoC file are the CPU's."""
+        return [SocLevel(name=isa.name, features=isa.features) for isa in self.isas()]
+
+    def check(self) -> Sequence[Missing]:
+        """zig: a system compiler links for no DSP."""
+        from llamac.runtime.errors import ToolchainMissing  # noqa: PLC0415
+        from llamac.targets.toolchain import find_toolchain  # noqa: PLC0415
+
+        why = "it links programs for Hexagon; no system compiler does"
+        try:
+            found = find_toolchain()
+        except ToolchainMissing as error:
+            return (Missing(what="zig", why=error.cause, fix=error.fix),)
+        return () if found.is_zig else (Missing("zig", why, "pip install ziglang"),)
+
+    def link(self, sources: Sequence[Path], objects: Sequence[Path], out: Path) -> list[Artifact]:
+        """Link the static runner; there is no library, because nothing on a host could load it."""
+        from llamac.targets.runner_program import RUNNER, RUNNER_ROLE, link_runner  # noqa: PLC0415
+        from llamac.targets.toolchain import find_toolchain  # noqa: PLC0415
+
+        runner = out / RUNNER
+        runner.parent.mkdir(exist_ok=True)
+        link_runner(find_toolchain(), entry=sources[0], objects=objects, arch=ARCH, out=runner)
+        return [Artifact(RUNNER, RUNNER_ROLE)]
