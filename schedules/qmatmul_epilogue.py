@@ -1,6 +1,7 @@
 """What follows an int4 x int8 product: the LoRA branch, a residual or SwiGLU, and the result.
 
-Rows of the weights come in blocks of 16. A block's results for a token are 16 / lanes vectors.
+Rows of the weights come in blocks, of 16 but on HVX. A block's results for a token are rows / lanes
+vectors.
 """
 
 from __future__ import annotations
@@ -44,10 +45,6 @@ class EpilogueShape(Protocol):
         """Output columns of each fused projection."""
 
     @property
-    def blocks(self) -> int:
-        """Packed blocks of 16 rows."""
-
-    @property
     def columns(self) -> int:
         """Columns of the result."""
 
@@ -55,12 +52,12 @@ class EpilogueShape(Protocol):
 class Epilogue:
     """The last tensors of a kernel, in the order of its arguments, and what is done with them."""
 
-    def __init__(self, b: KernelBuilder, shape: EpilogueShape, isa: Isa) -> None:
-        self.shape, self.isa = shape, isa
+    def __init__(self, b: KernelBuilder, shape: EpilogueShape, isa: Isa, rows: int = ROWS) -> None:
+        self.shape, self.isa, self._rows = shape, isa, rows
         if shape.lora_rank:
             total = shape.lora_rank * len(shape.lora_splits)
             self._lora_t = b.input("lora_t", (shape.m, total), "float32")
-            self._lora_b = b.input("lora_b", (shape.blocks, shape.lora_rank, ROWS), "uint16")
+            self._lora_b = b.input("lora_b", (shape.n // rows, shape.lora_rank, rows), "uint16")
         if shape.epilogue == "residual":
             self._residual = b.input("residual", (shape.m, shape.n), "float32")
         self._result = b.output("result", (shape.m, shape.columns), "float32")
@@ -75,7 +72,7 @@ class Epilogue:
 
         Args:
             value: vector v of a block's results for a token.
-            block: of 16 rows.
+            block: of rows.
             row: the token.
             v: which vector of the block.
             split: the fused projection; None: find it from the block.
@@ -83,7 +80,7 @@ class Epilogue:
         isa, rank = self.isa, self.shape.lora_rank
         if not rank:
             return value
-        which = split if split is not None else split_of(block, self.shape.lora_splits)
+        which = split if split is not None else split_of(block, self.shape.lora_splits, self._rows)
         first = which * rank
         branch = isa.splat(0.0)
         for r in range(rank):
@@ -99,11 +96,11 @@ class Epilogue:
         self.isa.store(self._result, value, row, column)
 
 
-def split_of(block: Any, splits: Sequence[int]) -> Any:
+def split_of(block: Any, splits: Sequence[int], rows: int = ROWS) -> Any:
     """Index of the projection, of projections of given widths, that a packed block belongs to."""
     index: Any = T.int64(0)
     end = 0
     for width in splits[:-1]:
-        end += width // ROWS
+        end += width // rows
         index = index + T.Cast("int64", block >= end)
     return index

@@ -28,10 +28,14 @@ Array = NDArray[Any]
 SYMBOL = "kernel"
 SOURCES = Path(__file__).parents[1] / "runtime" / "c"
 STATIC_TARGET = "aarch64-linux-musl"
+HEXAGON_TARGET = "hexagon-linux-musl"
+# What QEMU 7.2 needs of Hexagon programs: from v65 on LLVM makes packets that load what they store,
+# which it gets wrong behind a cancelled store; its pages are of 64 KiB.
+HEXAGON_FLAGS = ("-mcpu=hexagonv62", "-fno-pic", "-fno-pie", "-Wl,-z,max-page-size=65536")
 
 _CALL = struct.Struct("<8sqqIIQ")
 _TENSOR = struct.Struct("<QBBB5x4q")
-_ALIGNMENT = 64
+_COSTS = struct.Struct("<3Q")
 _DTYPE_CODES = {"i": 0, "u": 1, "f": 2}
 
 
@@ -40,7 +44,7 @@ def build_kernel_program(func: PrimFunc, isa: Isa, out: Path) -> Path:
 
     Args:
         func: the kernel, with any name.
-        isa: an AArch64 instruction set.
+        isa: an instruction set of AArch64 or Hexagon.
         out: the program's path.
     """
     renamed = func.with_attr("global_symbol", SYMBOL)
@@ -49,50 +53,82 @@ def build_kernel_program(func: PrimFunc, isa: Isa, out: Path) -> Path:
     with open(os.memfd_create(SYMBOL), "rb") as file:  # LLVM ends the process on a full disk
         module.write_to_file(f"/proc/self/fd/{file.fileno()}", "o")
         kernel.write_bytes(file.read())
+    target, flags = _platform(isa)
     link_executable(
         find_toolchain(),
         sources=[],
-        objects=[*_support_objects(out.parent), kernel],
+        objects=[*_support_objects(out.parent, target, flags), kernel],
         include_dirs=[],
         out=out,
-        target=STATIC_TARGET,
-        cflags=["-static"],
+        target=target,
+        cflags=["-static", *flags],
     )
     return out
 
 
-def _support_objects(folder: Path) -> list[Path]:
+def _platform(isa: Isa) -> tuple[str, tuple[str, ...]]:
+    """Zig's target and flags of programs for an instruction set."""
+    if str(isa.target.get("mtriple", "")).startswith("hexagon"):
+        return HEXAGON_TARGET, HEXAGON_FLAGS
+    return STATIC_TARGET, ()
+
+
+def _support_objects(folder: Path, target: str, flags: Sequence[str]) -> list[Path]:
     """The compiled main program and what kernels call, made once per folder."""
     objects = []
     for source in (SOURCES / "kernel" / "kernel_main.c", SOURCES / "sme.c"):
-        objects.append(folder / f"{source.stem}.o")
+        objects.append(folder / f"{source.stem}-{target}.o")
         if not objects[-1].exists():
             link_executable(
                 find_toolchain(),
                 sources=[source],
                 include_dirs=[SOURCES],
                 out=objects[-1],
-                target=STATIC_TARGET,
-                cflags=["-c", "-DLLAMAC_MARK_KERNELS"],
+                target=target,
+                cflags=["-c", "-DLLAMAC_MARK_KERNELS", *flags],
             )
     return objects
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What an emulated Hexagon executed; zeros on other processors.
+
+    Attributes:
+        packets: of up to four instructions, which start together.
+        instructions: in these packets.
+        vector_instructions: those of them that are HVX's.
+    """
+
+    packets: int
+    instructions: int
+    vector_instructions: int
+
+
+@dataclass(frozen=True)
 class KernelCall:
-    """Arguments of one run: all tensors in the kernel's order, and its range of work items."""
+    """Arguments of one run: all tensors in the kernel's order, and its range of work items.
+
+    Attributes:
+        tensors: inputs and outputs.
+        begin: the first work item.
+        end: behind the last one.
+        repeats: how often the kernel is called.
+        alignment: of the tensors, see `Isa.alignment`; the program refuses less than it needs.
+    """
 
     tensors: Sequence[Array]
     begin: int
     end: int
     repeats: int = 1
+    alignment: int = Isa.alignment
 
     def encode(self) -> bytes:
         """The input of the program."""
         offsets, size = [], 0
         for tensor in self.tensors:
             offsets.append(size)
-            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            size += self._padded(tensor)
         data = bytearray(size)
         records = []
         for tensor, offset in zip(self.tensors, offsets, strict=True):
@@ -110,12 +146,42 @@ class KernelCall:
         for tensor in self.tensors:
             flat = np.frombuffer(data, tensor.dtype, tensor.size, offset)
             results.append(flat.reshape(tensor.shape).copy())
-            offset += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            offset += self._padded(tensor)
         return results
+
+    def decode_costs(self, data: bytes) -> Costs:
+        """What the calls executed."""
+        return Costs(*_COSTS.unpack_from(data, sum(map(self._padded, self.tensors))))
+
+    def _padded(self, tensor: Array) -> int:
+        return -(-tensor.nbytes // self.alignment) * self.alignment
 
 
 def run_kernel_program(command: Sequence[str], call: KernelCall) -> list[Array]:
-    """Run a program that `build_kernel_program` made; `command` may start with an emulator.
+    """Run a program that `build_kernel_program` made and return the tensors after the call.
+
+    Args:
+        command: may start with an emulator.
+        call: what the kernel is called with.
+
+    Raises:
+        DeviceError: it crashed, or the kernel refused its arguments.
+    """
+    return call.decode(_run(command, call))
+
+
+def count_kernel_program(command: Sequence[str], call: KernelCall) -> tuple[list[Array], Costs]:
+    """Run it and return the tensors and what the call executed.
+
+    Raises:
+        DeviceError: see `run_kernel_program`.
+    """
+    data = _run(command, call)
+    return call.decode(data), call.decode_costs(data)
+
+
+def _run(command: Sequence[str], call: KernelCall) -> bytes:
+    """Run it and return its output.
 
     Raises:
         DeviceError: it crashed, or the kernel refused its arguments.
@@ -128,4 +194,4 @@ def run_kernel_program(command: Sequence[str], call: KernelCall) -> list[Array]:
             or "a crash: an instruction that this CPU lacks, or a wrong address",
             fix="compile the kernel for the features of this CPU",
         )
-    return call.decode(done.stdout)
+    return done.stdout

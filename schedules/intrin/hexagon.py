@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llamac.schedules.intrin.isa import Isa
+from tvm.tirx.script.builder import ir as T
+
+from llamac.schedules.intrin.isa import Isa, intrinsic
 
 TRIPLE = "hexagon"
 VERSIONS = (66, 68, 69, 73, 75, 79, 81)
@@ -63,6 +65,45 @@ class HexagonHvx(Isa):
         self.name = f"hvx-v{version}{'-simulate' if simulate else ''}"
         self.features = (f"hvxv{version}",)
         self.target = target_of(version, simulate=simulate)
+
+    def dot_word_u8s8(self, acc: Any, vector: Any, word: Any) -> Any:
+        """acc[i] += sum of 4 products of uint8 lanes 4i .. 4i+3 with the int8 bytes of a word.
+
+        Args:
+            acc: int32x32.
+            vector: 128 bytes as int32x32.
+            word: int32 in a scalar register. Two of these fit a packet.
+        """
+        return intrinsic("int32x32", "llvm.hexagon.V6.vrmpybus.acc.128B", acc, vector, word)
+
+    def shift_bytes_right(self, vector: Any, bits: int) -> Any:
+        """Logical shift of every byte of an int32x32."""
+        return intrinsic("int32x32", "llvm.hexagon.V6.vlsrb.128B", vector, T.int32(bits))
+
+    def halves_to_float32(self, words: Any, dtype: str) -> tuple[Any, Any]:
+        """Both float16 or bfloat16 values of each of 32 words, the low ones first; exact.
+
+        Floats of 16 bits are widened as integers: only v68 and later convert them, not to float32.
+        """
+        low = T.Bind(T.shift_left(words, self.splat(T.uint32(16))))
+        high = T.Bind(T.bitwise_and(words, self.splat(T.uint32(0xFFFF0000))))
+        if dtype == "bfloat16":
+            return T.reinterpret("float32x32", low), T.reinterpret("float32x32", high)
+        return self._widen(low), self._widen(high)
+
+    def _widen(self, top: Any) -> Any:
+        """Widen finite float16 in the upper halves of uint32x32: move the fields, subnormals too.
+
+        A subnormal m * 2^-24 is what the float32 (1 + m / 2^10) * 2^-14 has over 2^-14.
+        """
+        sign = T.bitwise_and(top, self.splat(T.uint32(0x80000000)))
+        fields = T.bitwise_and(top, self.splat(T.uint32(0x7FFF0000)))
+        fields = T.Bind(T.shift_right(fields, self.splat(T.uint32(3))))
+        normal = fields + self.splat(T.uint32(112 << 23))
+        above = T.reinterpret("float32x32", T.Bind(fields + self.splat(T.uint32(113 << 23))))
+        small = T.reinterpret("uint32x32", T.Bind(above - self.splat(2.0**-14)))
+        magnitude = T.Select(fields < self.splat(T.uint32(1 << 23)), small, normal)
+        return T.Bind(T.reinterpret("float32x32", T.bitwise_or(magnitude, sign)))
 
 
 HEXAGON_VERSIONS = tuple(HexagonHvx(version) for version in VERSIONS)

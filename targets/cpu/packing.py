@@ -43,6 +43,32 @@ def int4_signed(codes: Array) -> Array:
     return np.ascontiguousarray(packed).view(np.uint8).reshape(n // ROWS, k // GROUP, 256)
 
 
+def int4_hvx(codes: Array) -> Array:
+    """int8 [n, k] in -8..7 -> uint8 [n/64, k/32, 1024], value + 8; see schedules/qmatmul_hvx.py.
+
+    Byte j*128 + row*4 + b of a block holds column 4j + b of row `row` in its low and of row
+    32 + `row` in its high nibble.
+    """
+    n, k = codes.shape
+    unsigned = (codes + 8).astype(np.uint8).reshape(n // 64, 2, 32, k // GROUP, 8, 4)
+    packed = (unsigned[:, 0] | (unsigned[:, 1] << 4)).transpose(0, 2, 3, 1, 4)
+    return np.ascontiguousarray(packed).reshape(n // 64, k // GROUP, 1024)
+
+
+def hvx_scales(stored: Array) -> Array:
+    """[n, c] -> [n/64, c, 64]: one column of a block, in which rows r and r + 32 are neighbours."""
+    n, columns = stored.shape
+    pairs = stored.reshape(n // 64, 2, 32, columns).transpose(0, 3, 2, 1)
+    return np.ascontiguousarray(pairs).reshape(n // 64, columns, 64)
+
+
+def int8_hvx(codes: Array) -> Array:
+    """int8 [n, k] -> uint8 [n/32, k/4, 128], value + 128: four columns of each of 32 rows."""
+    n, k = codes.shape
+    words = np.ascontiguousarray(codes ^ np.int8(-128)).view(np.uint32).reshape(n // 32, 32, k // 4)
+    return np.ascontiguousarray(words.transpose(0, 2, 1)).view(np.uint8).reshape(n // 32, -1, 128)
+
+
 def arrange_codes(codes: Array, arrangement: str) -> Array:
     """Activation codes int8 [m, k] as an instruction set's kernels want them.
 
@@ -96,10 +122,10 @@ def codes_arrangement(level: str) -> str:
     return next((isa.codes for isa in ARM_LEVELS if isa.name == level), Isa.codes)
 
 
-def block_columns(rows: Array) -> Array:
-    """[n, c] -> [n/16, c, 16]: one column of a block is contiguous."""
+def block_columns(rows: Array, block: int = ROWS) -> Array:
+    """[n, c] -> [n/block, c, block]: one column of a block is contiguous."""
     n, columns = rows.shape
-    return np.ascontiguousarray(rows.reshape(n // ROWS, ROWS, columns).transpose(0, 2, 1))
+    return np.ascontiguousarray(rows.reshape(n // block, block, columns).transpose(0, 2, 1))
 
 
 def int8_codes(codes: Array) -> Array:

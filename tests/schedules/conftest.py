@@ -19,6 +19,7 @@ from llamac.compiler import reference
 from llamac.schedules.intrin.arm import ArmNeon
 from llamac.schedules.intrin.arm_levels import ARM_LEVELS
 from llamac.schedules.intrin.arm_scalable import Scalable
+from llamac.schedules.intrin.hexagon import HexagonHvx
 from llamac.schedules.intrin.isa import Isa
 from llamac.schedules.intrin.x86 import X86_LEVELS
 from llamac.schedules.kernel import compile_kernels, num_outputs, work_items
@@ -143,9 +144,8 @@ class KernelRunner:
         outputs = [_empty(buffer) for buffer in output_buffers(func)]
         last = work_items(func) if end is None else end
         if isinstance(kernel, Path):
-            emulator = str(self._sme_emulator()) if isa.name == "sme" else "qemu-aarch64"
-            command = [emulator, "-cpu", cpu or QEMU_CPUS[isa.name], str(kernel)]
-            call = KernelCall([*inputs, *outputs], begin, last)
+            command = [*self._emulator(isa, cpu), str(kernel)]
+            call = KernelCall([*inputs, *outputs], begin, last, alignment=isa.alignment)
             arrays = run_kernel_program(command, call)
         else:
             tensors = [tvm.runtime.tensor(array) for array in (*inputs, *outputs)]
@@ -156,11 +156,17 @@ class KernelRunner:
                 array[...] = after
         return arrays[len(inputs) :]
 
+    def _emulator(self, isa: Isa, cpu: str) -> list[str]:
+        if isinstance(isa, HexagonHvx):
+            return ["qemu-hexagon", "-cpu", cpu or "v67"]
+        program = str(self._sme_emulator()) if isa.name == "sme" else "qemu-aarch64"
+        return [program, "-cpu", cpu or QEMU_CPUS[isa.name]]
+
     def _compile(self, func: PrimFunc, isa: Isa) -> Any:
         name = str(func.attrs["global_symbol"])
         known, kernel = self._built.get((name, isa.name), (None, None))
         if known is None or not structural_equal(known, func):
-            if isinstance(isa, ArmNeon):
+            if isinstance(isa, ArmNeon | HexagonHvx):
                 kernel = build_kernel_program(
                     func, isa, self._folder / f"{len(self._built)}_{isa.name}"
                 )

@@ -4,18 +4,20 @@
  *
  * It is linked with the object file of the kernel `__tvm_ffi_kernel` and is what tests, counting and
  * tuning run in an emulator or on a device. Input, little endian: a kernel_call, then a
- * kernel_tensor for each tensor, then the bytes of all tensors, each aligned to 64 bytes within this
- * part. Output: the bytes of the same part after the call. Compiled with LLAMAC_MARK_KERNELS, the
- * beginning and the end of the call are marked for plug-ins that count.
+ * kernel_tensor for each tensor, then the bytes of all tensors, each aligned within this part as the
+ * kernel needs it. Output: the bytes of the same part after the call, then a kernel_costs. Compiled
+ * with LLAMAC_MARK_KERNELS, the beginning and the end of the call are marked for plug-ins that count,
+ * and an emulated Hexagon counts by itself.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "alignment.h"
 #include "kernel_marks.h"
 #include "program.h"
 
-enum { MAX_TENSORS = 24, MAX_DIMS = 4, ALIGNMENT = 64 };
+enum { MAX_TENSORS = 24, MAX_DIMS = 4, ALIGNMENT = LLAMAC_KERNEL_ALIGNMENT };
 
 typedef struct {
   char magic[8]; /* "LLAMACK1" */
@@ -30,6 +32,13 @@ typedef struct {
   uint8_t dtype_code, dtype_bits, ndim, zero[5];
   int64_t shape[MAX_DIMS];
 } kernel_tensor;
+
+/* What all calls executed; zeros where the processor does not say. */
+typedef struct {
+  uint64_t packets, instructions, vector_instructions;
+} kernel_costs;
+
+static kernel_costs costs;
 
 int32_t __tvm_ffi_kernel(void *self, const TVMFFIAny *args, int32_t num_args, TVMFFIAny *result);
 
@@ -50,12 +59,31 @@ static void read_exactly(void *place, size_t bytes) {
   if (fread(place, 1, bytes, stdin) != bytes) die("the input ends too early");
 }
 
+#if defined(__hexagon__) && defined(LLAMAC_MARK_KERNELS)
+/* qemu-hexagon counts what the thread has executed in the control registers 20 to 22, which no
+ * processor has. The assembler knows no name for them: the word is `r0 = C<n>`. */
+#define EXECUTED(n)                                                        \
+  ({                                                                       \
+    register uint32_t count_ __asm__("r0");                                \
+    __asm__ volatile(".word (0x6a00c000 | (" #n " << 16))" : "=r"(count_) : : "memory"); \
+    count_;                                                                \
+  })
+static int32_t call(const TVMFFIAny *args, int32_t num_args, TVMFFIAny *result) {
+  uint32_t vectors = EXECUTED(22), instructions = EXECUTED(21), packets = EXECUTED(20);
+  int32_t status = __tvm_ffi_kernel(NULL, args, num_args, result);
+  costs.packets += (uint32_t)(EXECUTED(20) - packets);
+  costs.instructions += (uint32_t)(EXECUTED(21) - instructions);
+  costs.vector_instructions += (uint32_t)(EXECUTED(22) - vectors);
+  return status;
+}
+#else
 static int32_t call(const TVMFFIAny *args, int32_t num_args, TVMFFIAny *result) {
   llamac_mark_begin();
   int32_t status = __tvm_ffi_kernel(NULL, args, num_args, result);
   llamac_mark_end();
   return status;
 }
+#endif
 
 static void make_view(const kernel_tensor *tensor, uint8_t *data, uint64_t data_bytes,
                       int64_t *strides, DLTensor *view) {
@@ -96,6 +124,7 @@ int main(void) {
     make_view(&tensors[i], data, header.data_bytes, strides[i], &views[i]);
     arguments[i].type_index = LLAMAC_FFI_DLTENSOR;
     arguments[i].v_ptr = &views[i];
+    if (!llamac_is_aligned(&views[i])) die("a tensor is not aligned as kernels need it");
   }
   arguments[count].type_index = arguments[count + 1].type_index = LLAMAC_FFI_INT;
   arguments[count].v_int64 = header.begin;
@@ -104,7 +133,9 @@ int main(void) {
     TVMFFIAny result = {.type_index = LLAMAC_FFI_NONE};
     if (call(arguments, count + 2, &result) != 0) return 3;
   }
-  if (fwrite(data, 1, header.data_bytes, stdout) != header.data_bytes) die("cannot write");
+  if (fwrite(data, 1, header.data_bytes, stdout) != header.data_bytes ||
+      fwrite(&costs, sizeof costs, 1, stdout) != 1)
+    die("cannot write");
   free(data);
   return fflush(stdout) == 0 ? 0 : 2;
 }
