@@ -1,0 +1,297 @@
+"""Write a chunk of layers as ONNX in the scheme that HTP takes without calibration.
+
+Activations are float16; int4 weights in groups stay as they are in the checkpoint, as MatMulNBits
+with float16 scales. There is no dynamic quantization of activations on HTP, so the activation rule
+of the checkpoint is not applied: results are nearer to the float model than the CPU's are.
+
+Interface of every graph, all float16 (T tokens, C capacity, H heads, D head size):
+
+    hidden                  [1, T, K]          the residual stream
+    rope_cos, rope_sin      [T, 1, D/2, 1]     rows of the RoPE table
+    mask                    [T, C + T]         0 where a key is seen, MASKED where not
+    layers.<i>.k_cache ...  [Hkv, C, D]        keys (after RoPE) and values, positions 0 .. C-1
+    -> hidden_out           [1, T, K]
+    -> layers.<i>.k_new ... [Hkv, T, D]        rows for the caller to write into its cache
+
+The graph does not write the cache: its keys are those of the cache, followed by the new ones.
+Values [T, K] of the IR are [1, T, K] here: QNN takes MatMulNBits of no other rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamac.runtime.errors import CoverageError, ValuesInvalid
+from llamac.targets.qnn_htp.chunk import Chunk, Step
+from llamac.targets.qnn_htp.onnx_file import CONTRIB, OnnxFile
+
+if TYPE_CHECKING:
+    from llamac.targets.base import WeightReader
+
+HIDDEN, HIDDEN_OUT, ROPE_COS, ROPE_SIN, MASK = "hidden hidden_out rope_cos rope_sin mask".split()
+MASKED = -1000.0
+"""Added to scores of keys that are not seen: exp() of it is 0 in float16, and no sum overflows."""
+
+EXP_FLOOR = -40.0
+"""exp() of anything below -17.4 is 0 in float16."""
+
+_GROUPS = (16, 32, 64, 128)
+_F16 = np.float16
+
+
+def write_chunk(chunk: Chunk, weights: WeightReader, path: Path) -> None:
+    """Write `path` and `path`.data.
+
+    Raises:
+        CoverageError: a composite, or a form of one, that this scheme does not have.
+        ValuesInvalid: scales or adaptors outside float16's range.
+    """
+    with OnnxFile(path, chunk.name) as file:
+        _Emitter(chunk, weights, file).run()
+
+
+def mask_rows(position: int, tokens: int, capacity: int) -> NDArray[np.float16]:
+    """The mask of a chunk whose first token stands at `position`: [T, C + T]."""
+    mask = np.full((tokens, capacity + tokens), MASKED, _F16)
+    mask[:, :position] = 0
+    mask[:, capacity:][np.tril_indices(tokens)] = 0
+    return mask
+
+
+def exact_factors(value: float) -> tuple[float, float]:
+    """Two float16 numbers whose product is `value` to about 1e-7; the first near its square root.
+
+    One float16 alone is off by up to 2^-12, the same for every value.
+    """
+    root = _F16(math.sqrt(value))
+    bits = np.arange(-256, 257) + int(root.view(np.uint16))
+    first = bits.astype(np.uint16).view(_F16).astype(np.float64)
+    second = (value / first).astype(_F16).astype(np.float64)
+    best = int(np.argmin(np.abs(first * second - value)))
+    return float(first[best]), float(second[best])
+
+
+def hadamard_pair(length: int) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+    """Matrices L [r, r] and R [c, c] with H(x) = L X R for x as X [r, c], r * c = length."""
+    rows = 1 << (length.bit_length() - 1) // 2
+    factors = exact_factors(1 / math.sqrt(length))
+    left, right = (
+        (_signs(n) * factor).astype(_F16)
+        for n, factor in zip((rows, length // rows), factors, strict=True)
+    )
+    return left, right
+
+
+def _signs(n: int) -> NDArray[np.float64]:
+    """Sylvester's matrix: entry (i, j) is -1 to the number of bits that i and j share."""
+    shared = np.arange(n)[:, None] & np.arange(n)
+    parity = np.array([bin(v).count("1") & 1 for v in range(n)])
+    return np.asarray(1.0 - 2.0 * parity[shared])
+
+
+def pack_int4(codes: NDArray[np.int8], group: int) -> NDArray[np.uint8]:
+    """Codes [N, K] of -8..7 as MatMulNBits has them: [N, K/group, group/2] of code + 8.
+
+    The lower half of a byte is the even column. Source: ONNX Runtime's ContribOperators.md.
+    """
+    shifted = (codes + np.int8(8)).view(np.uint8).reshape(len(codes), -1, group // 2, 2)
+    return np.asarray(shifted[..., 0] | (shifted[..., 1] << np.uint8(4)))
+
+
+class _Emitter:
+    """Adds the nodes of a chunk's steps to a file."""
+
+    def __init__(self, chunk: Chunk, weights: WeightReader, file: OnnxFile) -> None:
+        self.chunk, self.weights, self.file = chunk, weights, file
+        self.values = {chunk.source: HIDDEN}
+
+    def run(self) -> None:
+        """Emit everything."""
+        emitters: dict[str, Callable[[Step], str]] = {
+            "llamac.rms_norm": self._rms_norm,
+            "llamac.qlinear": self._qlinear,
+            "llamac.hadamard": self._hadamard,
+            "llamac.rope": self._rope,
+            "llamac.attention": self._attention,
+            "llamac.swiglu": self._swiglu,
+            "llamac.add": self._add,
+        }
+        attention = next((s for s in self.chunk.steps if s.kind == "llamac.attention"), None)
+        if attention is None:
+            raise self._refuse("a run of layers without attention", self.chunk.steps[0])
+        self._declare(attention)
+        for step in self.chunk.steps:
+            if step.kind not in emitters:
+                raise self._refuse(step.kind, step)
+            self.values[step.results[0]] = emitters[step.kind](step)
+        sink = self.values[self.chunk.sink]
+        self.file.add("Identity", [sink], HIDDEN_OUT)
+        self.file.output(HIDDEN_OUT, (1, *self._shape(self.chunk.sink)))
+
+    def _declare(self, attention: Step) -> None:
+        """Declare the inputs that all layers share."""
+        tokens, capacity = self.chunk.tokens, self._shape(attention.args[4])[1]
+        self.file.input(HIDDEN, (1, *self._shape(self.chunk.source)))
+        turns = (tokens, 1, attention.attrs["head_dim"] // 2, 1)
+        self.file.input(ROPE_COS, turns)
+        self.file.input(ROPE_SIN, turns)
+        self.file.input(MASK, (tokens, capacity + tokens))
+
+    def _refuse(self, what: str, step: Step) -> CoverageError:
+        places = [name for name in step.args if self.chunk.specs[name].is_param]
+        return CoverageError(
+            f"{self.chunk.name}: {what} ({', '.join(places) or 'no weights'}) has no form on HTP "
+            "in this scheme",
+            cause="the default scheme has float16 activations, int4 weights in groups, float16 KV",
+            fix="compile this model for the CPU, or take a checkpoint with int4 weights",
+        )
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.chunk.specs[name].shape
+
+    def _node(self, op: str, *args: str, **attrs: Any) -> str:
+        return self.file.add(op, args, **attrs)
+
+    def _scalar(self, value: float) -> str:
+        return self.file.constant(np.array(value, _F16))
+
+    def _reshape(self, value: str, *shape: int) -> str:
+        return self._node("Reshape", value, self.file.constant(np.array(shape, np.int64)))
+
+    def _float16(self, name: str, values: NDArray[Any], factor: float = 1.0) -> NDArray[np.float16]:
+        """Values (bfloat16 as its bits) times a factor in float16, refused if they do not fit."""
+        if values.dtype == np.uint16:
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        with np.errstate(over="ignore"):
+            narrow = (values.astype(np.float32) * np.float32(factor)).astype(_F16)
+        if not np.isfinite(narrow).all():
+            raise ValuesInvalid(
+                f"{name} holds values up to {np.abs(values).max():g}, outside float16's range",
+                cause="HTP computes in float16, whose largest number is 65504",
+                fix="compile this model for the CPU, which computes in float32",
+            )
+        return narrow
+
+    def _rms_norm(self, step: Step) -> str:
+        x, gamma = step.args
+        scale = self.file.weight(gamma, self._float16(gamma, self.weights.read(gamma)))
+        epsilon = float(step.attrs["eps"])
+        return self._node("RMSNormalization", self.values[x], scale, axis=-1, epsilon=epsilon)
+
+    def _qlinear(self, step: Step) -> str:
+        x, codes, scales, *lora = step.args
+        group = step.attrs.get("group")
+        if step.attrs["weight"] != "int4" or group not in _GROUPS:
+            raise self._refuse(f"a product with {step.attrs['weight']} weights", step)
+        rows, columns = self._shape(codes)
+        packed = self.file.weight(codes, pack_int4(self.weights.read(codes), group))
+        narrow = self._float16(scales, self.weights.read(scales))
+        if narrow.min() < np.finfo(_F16).smallest_normal:
+            raise ValuesInvalid(
+                f"{scales} holds scales down to {narrow.min():g}, below float16's normal numbers",
+                cause="HTP takes the scales of int4 weights as float16, which loses their bits",
+                fix="compile this model for the CPU, with bfloat16 scales",
+            )
+        y = self._node(
+            *("MatMulNBits", self.values[x], packed, self.file.weight(scales, narrow.reshape(-1))),
+            domain=CONTRIB,
+            **{"K": columns, "N": rows, "bits": 4, "block_size": group},
+        )
+        return self._node("Add", y, self._lora(x, lora, step)) if lora else y
+
+    def _lora(self, x: str, names: list[str], step: Step) -> str:
+        """The branch scale * B (A x); its scale goes into B."""
+        value = self.values[x]
+        for name, factor in zip(names, (1.0, float(step.attrs["lora_scale"])), strict=True):
+            weight = self._float16(name, self.weights.read(name), factor)
+            value = self._node("MatMul", value, self.file.weight(name, weight.T))
+        return value
+
+    def _hadamard(self, step: Step) -> str:
+        """Two matrix products; the left one by turning the grid, for HTP multiplies by the last."""
+        [x] = step.args
+        tokens, width = self._shape(x)
+        left, right = hadamard_pair(width)
+        grid = self._reshape(self.values[x], tokens, len(left), len(right))
+        grid = self._node("MatMul", grid, self.file.constant(right))
+        grid = self._node("Transpose", grid, perm=[0, 2, 1])
+        grid = self._node("MatMul", grid, self.file.constant(left))
+        return self._reshape(self._node("Transpose", grid, perm=[0, 2, 1]), 1, tokens, width)
+
+    def _rope(self, step: Step) -> str:
+        x, half = step.args[0], step.attrs["head_dim"] // 2
+        tokens, width = self._shape(x)
+        pairs = self._reshape(self.values[x], tokens, width // (2 * half), half, 2)
+        ends = [self.file.constant(np.array([n], np.int64)) for n in (0, 1, 2, 3)]
+        even, odd = (self._node("Slice", pairs, ends[i], ends[i + 1], ends[3]) for i in (0, 1))
+
+        def turned(first: str, second: str, op: str) -> str:
+            return self._node(op, self._node("Mul", even, first), self._node("Mul", odd, second))
+
+        real, imag = turned(ROPE_COS, ROPE_SIN, "Sub"), turned(ROPE_SIN, ROPE_COS, "Add")
+        return self._reshape(self._node("Concat", real, imag, axis=3), 1, tokens, width)
+
+    def _attention(self, step: Step) -> str:
+        q, k, v, _, *caches = step.args
+        if step.attrs["kv_dtype"] != "float16":
+            raise self._refuse(f"attention over a cache of {step.attrs['kv_dtype']}", step)
+        (heads, capacity, size), tokens = self._shape(caches[0]), self.chunk.tokens
+        per = step.attrs["heads"] // heads
+        keys, values = (self._extended(x, cache) for x, cache in zip((k, v), caches, strict=True))
+        grouped = self._reshape(self.values[q], tokens, heads, per, size)
+        # Exact for D = 64. For others off by 1e-4, which is less than a second product would round.
+        grouped = self._node("Mul", grouped, self._scalar(1 / math.sqrt(size)))
+        rows = self._node("Transpose", grouped, perm=[1, 2, 0, 3])
+        rows = self._reshape(rows, heads, per * tokens, size)
+        scores = self._node("MatMul", rows, self._node("Transpose", keys, perm=[0, 2, 1]))
+        scores = self._reshape(scores, heads, per, tokens, capacity + tokens)
+        mixed = self._softmax(self._node("Add", scores, MASK))
+        mixed = self._reshape(mixed, heads, per * tokens, capacity + tokens)
+        out = self._reshape(self._node("MatMul", mixed, values), heads, per, tokens, size)
+        out = self._node("Transpose", out, perm=[2, 0, 1, 3])
+        return self._reshape(out, 1, tokens, heads * per * size)
+
+    def _softmax(self, scores: str) -> str:
+        """Softmax in steps: HTP's own is off by up to 0.4 % (57 dB), these steps have 68 dB.
+
+        Measured on Qualcomm's library for x86-64; its Exp is NaN somewhere below -50.
+        """
+        last = self.file.constant(np.array([-1], np.int64))
+        largest = self._node("ReduceMax", scores, last, keepdims=1)
+        below = self._node("Sub", scores, largest)
+        powers = self._node("Exp", self._node("Max", below, self._scalar(EXP_FLOOR)))
+        return self._node("Div", powers, self._node("ReduceSum", powers, last, keepdims=1))
+
+    def _extended(self, x: str, cache: str) -> str:
+        """A cache with the new rows behind it; the new rows become an output."""
+        heads, _, size = shape = self._shape(cache)
+        tokens = self.chunk.tokens
+        self.file.input(cache, shape)
+        rows = self._reshape(self.values[x], tokens, heads, size)
+        name = new_rows_name(cache)
+        new = self.file.add("Transpose", [rows], name, perm=[1, 0, 2])
+        self.file.output(name, (heads, tokens, size))
+        return self._node("Concat", cache, new, axis=1)
+
+    def _swiglu(self, step: Step) -> str:
+        """Products in this order: HTP joins gate * sigmoid(gate) to an operation of 10 dB less.
+
+        Nor may gate * up come first: it can overflow where the whole is almost 0.
+        """
+        gate, up = (self.values[name] for name in step.args)
+        return self._node("Mul", self._node("Mul", self._node("Sigmoid", gate), up), gate)
+
+    def _add(self, step: Step) -> str:
+        first, second = (self.values[name] for name in step.args)
+        return self._node("Add", first, second)
+
+
+def new_rows_name(cache: str) -> str:
+    """The output that goes with a cache: "layers.0.k_cache" -> "layers.0.k_new"."""
+    return cache.removesuffix("_cache") + "_new"
