@@ -6,14 +6,18 @@ of the checkpoint is not applied: results are nearer to the float model than the
 
 Interface of every graph, all float16 (T tokens, C capacity, H heads, D head size):
 
-    hidden                  [1, T, K]          the residual stream
-    rope_cos, rope_sin      [T, 1, D/2, 1]     rows of the RoPE table
-    mask                    [T, C + T]         0 where a key is seen, MASKED where not
-    layers.<i>.k_cache ...  [Hkv, C, D]        keys (after RoPE) and values, positions 0 .. C-1
+    hidden                  [1, T, K]            the residual stream
+    rope_cos, rope_sin      [T, 1, D/2, 1]       rows of the RoPE table
+    mask                    [T, C + T]           0 where a key is seen, MASKED where not
+    layers.<i>.k_cache      [Hkv, C/16, D, 16]   keys after RoPE, in transposed blocks
+    layers.<i>.v_cache      [Hkv, C, D]          values
     -> hidden_out           [1, T, K]
-    -> layers.<i>.k_new ... [Hkv, T, D]        rows for the caller to write into its cache
+    -> layers.<i>.k_new ... [Hkv, T, D]          new keys and values, for the caller to append
 
-The graph does not write the cache: its keys are those of the cache, followed by the new ones.
+The caches are those of the CPU (`schedules/rope.py`), bit for bit, so that both can share one. The
+graph does not write them: it attends over the caches and then over the new keys. Places that hold
+no token may hold any finite numbers; infinities and NaN are not allowed there, since 0 times them
+is NaN.
 Values [T, K] of the IR are [1, T, K] here: QNN takes MatMulNBits of no other rank.
 """
 
@@ -28,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamac.runtime.errors import CoverageError, ValuesInvalid
+from llamac.schedules.rope import CacheShape
 from llamac.targets.qnn_htp.chunk import Chunk, Step
 from llamac.targets.qnn_htp.onnx_file import CONTRIB, OnnxFile
 
@@ -36,7 +41,14 @@ if TYPE_CHECKING:
 
 HIDDEN, HIDDEN_OUT, ROPE_COS, ROPE_SIN, MASK = "hidden hidden_out rope_cos rope_sin mask".split()
 MASKED = -1000.0
-"""Added to scores of keys that are not seen: exp() of it is 0 in float16, and no sum overflows."""
+"""In the mask, for keys that are not seen."""
+
+LIMIT = 30000.0
+"""Scores are at most this where the mask is 0, and at most -LIMIT where it is MASKED.
+
+A minimum and no sum: keys in unused places of the cache may have scores of any size, even infinite
+ones. No difference of two scores overflows.
+"""
 
 EXP_FLOOR = -40.0
 """exp() of anything below -17.4 is 0 in float16."""
@@ -110,6 +122,7 @@ class _Emitter:
     def __init__(self, chunk: Chunk, weights: WeightReader, file: OnnxFile) -> None:
         self.chunk, self.weights, self.file = chunk, weights, file
         self.values = {chunk.source: HIDDEN}
+        self.limits = ""
 
     def run(self) -> None:
         """Emit everything."""
@@ -136,12 +149,15 @@ class _Emitter:
 
     def _declare(self, attention: Step) -> None:
         """Declare the inputs that all layers share."""
-        tokens, capacity = self.chunk.tokens, self._shape(attention.args[4])[1]
+        tokens, capacity = self.chunk.tokens, self._shape(attention.args[5])[1]
         self.file.input(HIDDEN, (1, *self._shape(self.chunk.source)))
         turns = (tokens, 1, attention.attrs["head_dim"] // 2, 1)
         self.file.input(ROPE_COS, turns)
         self.file.input(ROPE_SIN, turns)
         self.file.input(MASK, (tokens, capacity + tokens))
+        # From 0 and MASKED to LIMIT and -LIMIT.
+        middle = self._node("Sub", MASK, self._scalar(MASKED / 2))
+        self.limits = self._node("Mul", middle, self._scalar(-2 * LIMIT / MASKED))
 
     def _refuse(self, what: str, step: Step) -> CoverageError:
         places = [name for name in step.args if self.chunk.specs[name].is_param]
@@ -238,22 +254,35 @@ class _Emitter:
         return self._reshape(self._node("Concat", real, imag, axis=3), 1, tokens, width)
 
     def _attention(self, step: Step) -> str:
+        """Scores of the past and of the new keys side by side; values of both in two products."""
         q, k, v, _, *caches = step.args
-        if step.attrs["kv_dtype"] != "float16":
-            raise self._refuse(f"attention over a cache of {step.attrs['kv_dtype']}", step)
-        (heads, capacity, size), tokens = self._shape(caches[0]), self.chunk.tokens
+        shape = CacheShape(*(self._shape(caches[1])[i] for i in (0, 2, 1)), step.attrs["kv_dtype"])
+        if shape.dtype != "float16" or not shape.is_valid:
+            raise self._refuse(f"attention over a cache of {shape}", step)
+        k_cache, v_cache = caches
+        (heads, capacity, size), tokens = self._shape(v_cache), self.chunk.tokens
         per = step.attrs["heads"] // heads
-        keys, values = (self._extended(x, cache) for x, cache in zip((k, v), caches, strict=True))
+        new = [self._new_rows(x, cache) for x, cache in ((k, k_cache), (v, v_cache))]
+        past = [self._past_keys(k_cache), self._past_values(v_cache)]
         grouped = self._reshape(self.values[q], tokens, heads, per, size)
         # Exact for D = 64. For others off by 1e-4, which is less than a second product would round.
         grouped = self._node("Mul", grouped, self._scalar(1 / math.sqrt(size)))
         rows = self._node("Transpose", grouped, perm=[1, 2, 0, 3])
         rows = self._reshape(rows, heads, per * tokens, size)
-        scores = self._node("MatMul", rows, self._node("Transpose", keys, perm=[0, 2, 1]))
-        scores = self._reshape(scores, heads, per, tokens, capacity + tokens)
-        mixed = self._softmax(self._node("Add", scores, MASK))
+        new_keys = self._node("Transpose", new[0], perm=[0, 2, 1])
+        scores = [self._node("MatMul", rows, keys) for keys in (past[0], new_keys)]
+        joined = self._node("Concat", *scores, axis=2)
+        joined = self._reshape(joined, heads, per, tokens, capacity + tokens)
+        mixed = self._softmax(self._node("Min", joined, self.limits))
         mixed = self._reshape(mixed, heads, per * tokens, capacity + tokens)
-        out = self._reshape(self._node("MatMul", mixed, values), heads, per, tokens, size)
+        parts = [
+            self._node("MatMul", self._columns(mixed, *ends), values)
+            for ends, values in (
+                ((0, capacity), past[1]),
+                ((capacity, capacity + tokens), new[1]),
+            )
+        ]
+        out = self._reshape(self._node("Add", *parts), heads, per, tokens, size)
         out = self._node("Transpose", out, perm=[2, 0, 1, 3])
         return self._reshape(out, 1, tokens, heads * per * size)
 
@@ -268,16 +297,28 @@ class _Emitter:
         powers = self._node("Exp", self._node("Max", below, self._scalar(EXP_FLOOR)))
         return self._node("Div", powers, self._node("ReduceSum", powers, last, keepdims=1))
 
-    def _extended(self, x: str, cache: str) -> str:
-        """A cache with the new rows behind it; the new rows become an output."""
-        heads, _, size = shape = self._shape(cache)
-        tokens = self.chunk.tokens
-        self.file.input(cache, shape)
+    def _past_keys(self, cache: str) -> str:
+        """The cache of keys, blocks of 16 positions, turned to [Hkv, D, C]."""
+        heads, capacity, size = self._shape(cache)
+        self.file.input(cache, CacheShape(heads, size, capacity).k_shape)
+        rows = self._node("Transpose", cache, perm=[0, 2, 1, 3])
+        return self._reshape(rows, heads, size, capacity)
+
+    def _past_values(self, cache: str) -> str:
+        return self.file.input(cache, self._shape(cache))
+
+    def _new_rows(self, x: str, cache: str) -> str:
+        """New keys or values [Hkv, T, D], which are an output as well."""
+        heads, _, size = self._shape(cache)
+        tokens, name = self.chunk.tokens, new_rows_name(cache)
         rows = self._reshape(self.values[x], tokens, heads, size)
-        name = new_rows_name(cache)
-        new = self.file.add("Transpose", [rows], name, perm=[1, 0, 2])
         self.file.output(name, (heads, tokens, size))
-        return self._node("Concat", cache, new, axis=1)
+        return self.file.add("Transpose", [rows], name, perm=[1, 0, 2])
+
+    def _columns(self, value: str, begin: int, end: int) -> str:
+        """A range of the last axis of a value with three."""
+        places = [self.file.constant(np.array([n], np.int64)) for n in (begin, end, 2)]
+        return self._node("Slice", value, *places)
 
     def _swiglu(self, step: Step) -> str:
         """Products in this order: HTP joins gate * sigmoid(gate) to an operation of 10 dB less.

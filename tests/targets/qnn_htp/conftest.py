@@ -28,6 +28,7 @@ from llamac.targets.soc import load_soc
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "tiny-llama"
 CAPACITY = 64
+UNUSED = 60000.0  # in places of a cache that hold no token; any finite value will do
 
 
 def htp_chunks(
@@ -53,6 +54,12 @@ class FloatModel(ReferenceModel):
         lora = self._lora(name)
         result = reference.linear(x, grouped.reshape(weight.shape))
         return result if lora is None else result + reference.lora_branch(x, lora)
+
+
+def key_blocks(keys: NDArray[np.float16]) -> NDArray[np.float16]:
+    """Keys [Hkv, C, D] as the caches of all targets have them: [Hkv, C/16, D, 16]."""
+    heads, capacity, size = keys.shape
+    return np.ascontiguousarray(keys.reshape(heads, capacity // 16, 16, size).swapaxes(2, 3))
 
 
 @dataclass
@@ -86,9 +93,9 @@ def layer_case(
     for layer in chunk.layers:
         prefix, cache = f"layers.{layer}", KvCache("float16")
         for side, rows in zip("kv", cache.append(*past[layer]), strict=True):
-            full = np.full((config.num_kv_heads, capacity, config.head_dim), 7, np.float16)
+            full = np.full((config.num_kv_heads, capacity, config.head_dim), UNUSED, np.float16)
             full[:, :position] = rows.transpose(1, 0, 2)
-            case.feeds[f"{prefix}.{side}_cache"] = full
+            case.feeds[f"{prefix}.{side}_cache"] = key_blocks(full) if side == "k" else full
         x = x + model._attention(prefix, x, table, cache, position)
         x = x + model._feed_forward(prefix, x)
         for side, parts in zip("kv", cache._sides, strict=True):

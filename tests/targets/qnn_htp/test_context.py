@@ -47,7 +47,7 @@ def test_a_binary_says_what_it_is_for(soc: str, compiled: Any) -> None:
         "rope_cos": (1, 1, 16, 1),
         "rope_sin": (1, 1, 16, 1),
         "mask": (1, 65),
-        "layers.0.k_cache": (2, 64, 32),
+        "layers.0.k_cache": (2, 4, 32, 16),
         "layers.0.v_cache": (2, 64, 32),
     }
     outputs = {t.name: t.shape for t in metadata.graph.outputs}

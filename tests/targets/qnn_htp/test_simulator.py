@@ -29,6 +29,41 @@ def test_a_layer_computes_what_the_float_model_does(
         assert decibels(results[name], expected) >= 58, name
 
 
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_unused_places_of_the_caches_do_not_matter(
+    tokens: int, compiled: Any, case_of: Any
+) -> None:
+    """Zeros or the largest numbers of both signs: not one bit differs."""
+    chunk, binary = compiled("spinquant", tokens)
+    feeds = case_of("spinquant", chunk).feeds
+    k_cache, v_cache = (feeds[f"layers.0.{side}_cache"] for side in "kv")
+    rng = np.random.default_rng(3)
+    extremes = rng.choice(np.array([-65504, 65504], np.float16), v_cache.shape)
+    results = []
+    for unused in (np.zeros_like(v_cache), extremes):
+        values = np.where(np.arange(64)[:, None] < 20, v_cache, unused)
+        # Keys in rows, to change positions 20 and later, and back.
+        keys = k_cache.swapaxes(2, 3).reshape(2, 64, 32)
+        keys = np.where(np.arange(64)[:, None] < 20, keys, unused)
+        blocks = np.ascontiguousarray(keys.reshape(2, 4, 16, 32).swapaxes(2, 3))
+        changed = {"layers.0.k_cache": blocks, "layers.0.v_cache": values}
+        results.append(run_binary(binary.path, binary.metadata, feeds | changed))
+    for name, value in results[0].items():
+        np.testing.assert_array_equal(value, results[1][name])
+
+
+def test_a_used_place_of_the_caches_does_matter(compiled: Any, case_of: Any) -> None:
+    """The test above could not fail if the graph looked at no cache."""
+    chunk, binary = compiled("spinquant", 1)
+    feeds = case_of("spinquant", chunk).feeds
+    expected = run_binary(binary.path, binary.metadata, feeds)["hidden_out"]
+    for side, place in (("k", (0, 1, 0, 3)), ("v", (0, 19, 0))):
+        cache = feeds[f"layers.0.{side}_cache"].copy()
+        cache[place] += 8
+        found = run_binary(binary.path, binary.metadata, feeds | {f"layers.0.{side}_cache": cache})
+        assert not np.array_equal(found["hidden_out"], expected)
+
+
 def test_a_damaged_binary_is_not_executed(compiled: Any, case_of: Any, tmp_path: Path) -> None:
     """One flipped bit is found by the hash; Qualcomm's library would take it."""
     chunk, binary = compiled()
