@@ -58,7 +58,9 @@ typedef enum {
   LLAMAC_ERROR_MEMORY = 5,   /* the system refused memory */
   LLAMAC_ERROR_CONTEXT = 6,  /* the tokens do not fit into the rest of the context */
   LLAMAC_ERROR_KERNEL = 7,   /* a compiled kernel reported an error */
-  LLAMAC_ERROR_THREAD = 8    /* a thread cannot be started or pinned */
+  LLAMAC_ERROR_THREAD = 8,   /* a thread cannot be started or pinned */
+  LLAMAC_ERROR_ACCELERATOR = 9 /* the libraries of another processor, or what they execute, are
+                                  missing, do not fit, or failed */
 } llamac_status;
 
 /* Filled by a function that fails: its status again, and one English sentence. */
