@@ -32,7 +32,8 @@ and a `fix`. `docs/errors.md` has one section per code, and a test compares the 
     ├── OutOfMemory             out-of-memory         the plan does not fit into free memory
     ├── ContextFull             context-full          no room left in the KV cache
     ├── SessionClosed           session-closed        use after close()
-    └── DeviceError             device                the library failed while running
+    ├── DeviceError             device                the library failed while running
+    └── AcceleratorError        accelerator           an NPU's libraries or binaries do not fit
 """
 
 from __future__ import annotations
@@ -227,3 +228,9 @@ class DeviceError(LlamacError):
     """The compiled library failed while running."""
 
     code = "device"
+
+
+class AcceleratorError(LlamacError):
+    """An NPU's libraries, or the binaries that they execute, are missing, do not fit, or failed."""
+
+    code = "accelerator"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llamac.runtime.errors import (
+    AcceleratorError,
     BundleCorrupt,
     ContextFull,
     CpuUnsupported,
@@ -47,6 +48,11 @@ _STATUS: dict[int, tuple[type[LlamacError], str, str]] = {
         DeviceError,
         "the system refused to start a thread or to keep it on its CPU",
         "use fewer threads, or CPUs that this process may use",
+    ),
+    9: (
+        AcceleratorError,
+        "the libraries of the NPU, or the binaries for it, are missing, do not fit, or failed",
+        "give the folder of libraries that fit in LLAMAC_QNN_LIBRARIES; check: llamac verify",
     ),
 }
 
