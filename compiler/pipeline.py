@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ from llamac.compiler.describe import (
     tool_versions,
 )
 from llamac.compiler.dump import Dump
+from llamac.compiler.placement import Placement, place_processors
 from llamac.compiler.progress import Progress, Report
-from llamac.runtime.errors import NumericsError, TargetUnknown, UsageError
+from llamac.runtime.errors import NumericsError, UsageError
 from llamac.runtime.manifest import (
     MANIFEST_NAME,
     FunctionEntry,
@@ -49,10 +50,8 @@ from llamac.runtime.manifest import (
     TokenizerEntry,
     Verification,
 )
-from llamac.targets.base import Artifact, Identity, Lowered, LowerOptions, Target
+from llamac.targets.base import Artifact, Identity, Lowered, LowerOptions, Offloaded, Target
 from llamac.targets.program import Program
-from llamac.targets.registry import make_target
-from llamac.targets.soc import load_soc
 
 DEFAULT_CONTEXT = 8192
 LARGEST_CONTEXT = 131072  # what Llama 3 was trained for
@@ -69,7 +68,9 @@ class CompileConfig:
         model: folder or file of the checkpoint.
         target: name or path of a SoC file.
         out: folder of the bundle.
-        processors: of the SoC, in order of preference.
+        processors: of the SoC: one, or "cpu" and an accelerator that takes the layers.
+        placement: which of them computes the layers of a phase, by "prefill" and "decode";
+            phases that are not named belong to the accelerator if there is one.
         context_length: positions of the KV cache; None: 8192.
         chunks: prefill lengths, largest first.
         scale_dtype: of int4 group scales, "float16" or "bfloat16".
@@ -88,6 +89,7 @@ class CompileConfig:
     target: str
     out: Path
     processors: tuple[str, ...] = ("cpu",)
+    placement: Mapping[str, str] = field(default_factory=dict)
     context_length: int | None = None
     chunks: tuple[int, ...] = (128, 32, 8)
     scale_dtype: str = "float16"
@@ -112,7 +114,9 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
     from llamac.compiler.verify import probe_tokens  # noqa: PLC0415
 
     _check_options(config)
-    target = _find_target(config)
+    dtypes = {"--scales": config.scale_dtype, "--kv-cache": config.kv_dtype}
+    placed = place_processors(config.target, config.processors, config.placement, dtypes)
+    target = placed.target
     text = _read_text(config.verify_text)
     dump = Dump(config.dump)
     with bundle_folder(config.out, config.overwrite) as folder:
@@ -125,6 +129,8 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
             capacity = kv_capacity(context, config.chunks)
             module = build_llama(checkpoint, ModelOptions(capacity, config.chunks, config.kv_dtype))
             dump("composites", module)
+        weights = PipelineWeights(checkpoint, capacity)
+        module, graphs = _offload(config, placed, module, weights, folder, progress)
         with progress.stage("partition and fuse"):
             module = target.partition(module)
             for transform in target.passes():
@@ -134,20 +140,13 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
             lowered = target.lower(module, options)
             dump("kernels", lowered.module)
             dump.text("program.json", lowered.program.to_json())
-        weights = PipelineWeights(checkpoint, capacity)
         with progress.stage("pack weights", lowered.program.weights_bytes) as stage:
-            check_space(folder, lowered.program.weights_bytes + (64 << 20))
-            payload = write_weights(
-                folder / WEIGHTS,
-                weight_tensors(lowered.program),
-                lowered.program.weights_bytes,
-                lambda pack: target.pack(pack, weights, options),
-                stage.advance,
-            )
+            payload = _pack_weights(folder, target, lowered.program, weights, options, stage)
             identity = _identity(config, checkpoint, lowered.program, payload, context)
             write_header(folder / WEIGHTS, identity.build_id, lowered.program.weights_bytes)
         with progress.stage("build the library") as stage:
             artifacts = list(target.build(lowered, identity, folder, stage.update))
+            artifacts += graphs.artifacts if graphs else ()
             remove_build_files(folder)
             artifacts += _write_data(folder, checkpoint, lowered.program)
         verification = Verification(status="skipped")
@@ -162,8 +161,8 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
                 config,
                 checkpoint,
                 tokenizer,
-                target,
-                lowered,
+                placed,
+                (lowered, graphs),
                 identity,
                 verification,
                 folder,
@@ -175,6 +174,43 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
     progress.report.notes = [*manifest.quantization.notes, *notes]
     progress.report.files = {name: entry.bytes for name, entry in manifest.files.items()}
     return progress.report
+
+
+def _offload(
+    config: CompileConfig,
+    placed: Placement,
+    module: Any,
+    weights: PipelineWeights,
+    folder: Path,
+    progress: Progress,
+) -> tuple[Any, Offloaded | None]:
+    """Let the accelerator compile what it takes; the module is what is left, with graphs in it."""
+    accelerator = placed.accelerator
+    if accelerator is None:
+        return module, None
+    with progress.stage(f"compile graphs for {accelerator.processor}") as stage:
+        names = placed.offloaded(config.chunks)
+        graphs = accelerator.offload(module, names, weights, folder, stage.update)
+    return graphs.module, graphs
+
+
+def _pack_weights(
+    folder: Path,
+    target: Target,
+    program: Program,
+    weights: PipelineWeights,
+    options: LowerOptions,
+    stage: Any,
+) -> str:
+    """Write the tensors of weights.bin; returns their hash."""
+    check_space(folder, program.weights_bytes + (64 << 20))
+    return write_weights(
+        folder / WEIGHTS,
+        weight_tensors(program),
+        program.weights_bytes,
+        lambda pack: target.pack(pack, weights, options),
+        stage.advance,
+    )
 
 
 def read_checkpoint(config: CompileConfig) -> Checkpoint:
@@ -252,43 +288,6 @@ def _read_text(path: Path | None) -> str | None:
         ) from error
 
 
-def _find_target(config: CompileConfig) -> Target:
-    """The plug-in for the processors that were asked for."""
-    soc = load_soc(config.target)
-    plugins = {processor.kind: processor.plugin for processor in soc.processors}
-    for kind in config.processors:
-        if kind not in plugins:
-            raise TargetUnknown(
-                f"{soc.name} has no processor {kind!r}",
-                cause=f"its SoC file lists {', '.join(plugins)}",
-                fix=f"choose from {', '.join(plugins)} with --processors",
-            )
-    if len(config.processors) != 1:
-        raise TargetUnknown(
-            f"this version compiles a model for one processor, not for "
-            f"{', '.join(config.processors) or 'none'}",
-            cause="it places no parts of a model on different processors",
-            fix=f"choose one of {', '.join(plugins)} with --processors",
-        )
-    [kind] = config.processors
-    target = make_target(plugins[kind], soc)
-    _check_dtypes(config, target)
-    return target
-
-
-def _check_dtypes(config: CompileConfig, target: Target) -> None:
-    for option, value, known in (
-        ("--scales", config.scale_dtype, target.scale_dtypes),
-        ("--kv-cache", config.kv_dtype, target.kv_dtypes),
-    ):
-        if value not in known:
-            raise UsageError(
-                f"{option} {value} is not known to {target.name}",
-                cause=f"its kernels read {', '.join(known)}",
-                fix=f"choose {option} from {', '.join(known)}",
-            )
-
-
 def _lower_options(config: CompileConfig, context: int) -> LowerOptions:
     check = check_scales_fit_float16
     return LowerOptions(context, config.chunks, config.scale_dtype, config.kv_dtype, check)
@@ -359,15 +358,16 @@ def _manifest(
     config: CompileConfig,
     checkpoint: Checkpoint,
     tokenizer: TokenizerEntry,
-    target: Target,
-    lowered: Lowered,
+    placed: Placement,
+    made: tuple[Lowered, Offloaded | None],
     identity: Identity,
     verification: Verification,
     folder: Path,
     artifacts: list[Artifact],
 ) -> Manifest:
-    program, soc = lowered.program, target.soc
-    notes = (*checkpoint.notes, *lowered.notes)
+    (lowered, graphs), target = made, placed.target
+    program = lowered.program
+    notes = (*checkpoint.notes, *lowered.notes, *(graphs.notes if graphs else ()))
     memory = MemoryPlan(
         weights_bytes=program.weights_bytes,
         kv_cache_bytes=program.kv_bytes,
@@ -382,10 +382,14 @@ def _manifest(
         quantization=describe_quantization(checkpoint, config.scale_dtype, config.kv_dtype, notes),
         tokenizer=tokenizer,
         target=TargetEntry(
-            soc.name, target.name, config.processors, target.arch, target.os, levels
+            target.soc.name, target.name, config.processors, target.arch, target.os, levels
         ),
         memory=memory,
-        functions=tuple(FunctionEntry(f.name, f.num_tokens) for f in program.functions),
+        functions=tuple(
+            FunctionEntry(f.name, f.num_tokens, placed.processor_of(f.name))
+            for f in program.functions
+        ),
         files={str(artifact.path): artifact_entry(folder, artifact) for artifact in artifacts},
         verification=verification,
+        graphs=graphs.graphs if graphs else (),
     )

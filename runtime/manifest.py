@@ -27,6 +27,8 @@ __all__ = [
     "MANIFEST_NAME",
     "FileEntry",
     "FunctionEntry",
+    "GraphEntry",
+    "GraphTensorEntry",
     "LevelEntry",
     "LoraEntry",
     "Manifest",
@@ -162,10 +164,48 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class FunctionEntry:
-    """One compiled function: it evaluates `num_tokens` tokens in one call."""
+    """One compiled function: it evaluates `num_tokens` tokens in one call.
+
+    `processor` computes its layers.
+    """
 
     name: Name
     num_tokens: Count
+    processor: Name = "cpu"
+
+
+@dataclass(frozen=True)
+class GraphTensorEntry:
+    """A tensor at the edge of a graph; `dtype` is a word of numpy's."""
+
+    name: Name
+    shape: tuple[Count, ...]
+    dtype: Name
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """Layers of a function that a vendor's compiler has compiled, as its binary says of itself.
+
+    `layers` are their numbers, `soc_model` is the vendor's number of the SoC, `arch` the version
+    of the processor (75 is v75), `build_id` and the other versions those of the vendor's libraries.
+    """
+
+    name: Name
+    graph: Name
+    function: Name
+    layers: tuple[NotNegative, ...]
+    file: Name
+    soc_model: NotNegative
+    arch: NotNegative
+    vtcm_bytes: NotNegative
+    optimization: NotNegative
+    build_id: Name
+    core_api: str
+    backend_api: str
+    blob_version: str
+    inputs: tuple[GraphTensorEntry, ...]
+    outputs: tuple[GraphTensorEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -222,6 +262,7 @@ class Manifest:
     functions: tuple[FunctionEntry, ...]
     files: Mapping[str, FileEntry]
     verification: Verification
+    graphs: tuple[GraphEntry, ...] = ()
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
     abi_version: int = ABI_VERSION
@@ -245,6 +286,8 @@ class Manifest:
             for name in ("sample_sha256", "flavour", "note"):
                 if not entry[name]:
                     del entry[name]
+        if not result["graphs"]:
+            del result["graphs"]
         return result
 
     def to_json(self) -> str:
@@ -356,6 +399,9 @@ def _check_ids(manifest: Manifest) -> None:
             raise SchemaError(
                 f"tokenizer.{name}", f"is {token}, beyond the {vocab_size} tokens of the model"
             )
+    for graph in manifest.graphs:
+        if graph.file not in manifest.files:
+            raise SchemaError(f"graphs[{graph.name!r}].file", "is not a file of the bundle")
     if not any(function.num_tokens == 1 for function in manifest.functions):
         raise SchemaError("functions", "has none that evaluates one token")
 

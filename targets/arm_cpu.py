@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from llamac.targets.base import Artifact, Missing
+from llamac.targets.base import Artifact, Identity, Lowered, Missing, Progress
 from llamac.targets.cpu.target import RUNTIME_SOURCES, CpuTarget
 
 if TYPE_CHECKING:
@@ -68,8 +68,22 @@ class ArmCpu(CpuTarget):
             missing.append(Missing(what="a usable Android NDK", why=why, fix=error.fix))
         return missing
 
+    def build(
+        self, lowered: Lowered, identity: Identity, out: Path, progress: Progress
+    ) -> Sequence[Artifact]:
+        """Add the library that executes graphs here, if there are any (`emulation_library.py`)."""
+        from llamac.targets.emulation_library import build_emulation  # noqa: PLC0415
+
+        artifacts = super().build(lowered, identity, out, progress)
+        if not lowered.program.graphs():
+            return artifacts
+        return [*artifacts, build_emulation(lowered, identity, out, progress)]
+
     def link(self, sources: Sequence[Path], objects: Sequence[Path], out: Path) -> list[Artifact]:
-        """One library for each C library, and the static runner."""
+        """One library for each C library, and the static runner.
+
+        A static program cannot load the libraries that execute graphs: then there is no runner.
+        """
         from llamac.targets.bionic import link_for_bionic  # noqa: PLC0415
         from llamac.targets.runner_program import RUNNER, RUNNER_ROLE, link_runner  # noqa: PLC0415
         from llamac.targets.toolchain import find_toolchain, link_shared  # noqa: PLC0415
@@ -88,14 +102,14 @@ class ArmCpu(CpuTarget):
         note = link_for_bionic(toolchain, out=libraries["android"], **inputs)
         for flavour, target in LINUX_TARGETS.items():
             link_shared(toolchain, out=libraries[flavour], target=target, **inputs)
+        notes = {"android": note}
+        artifacts = [
+            Artifact(path.relative_to(out), "library", flavour, notes.get(flavour, ""))
+            for flavour, path in libraries.items()
+        ]
+        if any(source.parent.name == "qnn" for source in sources):
+            return artifacts
         runner = out / RUNNER
         runner.parent.mkdir(exist_ok=True)
         link_runner(toolchain, entry=sources[0], objects=objects, arch=self.soc.arch, out=runner)
-        notes = {"android": note}
-        return [
-            *(
-                Artifact(path.relative_to(out), "library", flavour, notes.get(flavour, ""))
-                for flavour, path in libraries.items()
-            ),
-            Artifact(RUNNER, RUNNER_ROLE),
-        ]
+        return [*artifacts, Artifact(RUNNER, RUNNER_ROLE)]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tvm.ir import IRModule
     from tvm.ir.transform import Pass
 
+    from llamac.runtime.manifest import GraphEntry
     from llamac.targets.cpu.kernels import KernelSpec
     from llamac.targets.program import Pack, Program
     from llamac.targets.soc import Level, SoC
@@ -132,6 +133,23 @@ class Lowered:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Offloaded:
+    """What `offload` makes.
+
+    Attributes:
+        module: functions in which every part that was taken is one composite "llamac.graph".
+        artifacts: the files of these graphs.
+        graphs: what is in them, for the manifest.
+        notes: what the user should know (printed, and written to the manifest).
+    """
+
+    module: IRModule
+    artifacts: tuple[Artifact, ...]
+    graphs: tuple[GraphEntry, ...]
+    notes: tuple[str, ...] = ()
+
+
 class Target(ABC):
     """One code generator for one processor of a SoC; stateless, made from a SoC's description.
 
@@ -145,6 +163,8 @@ class Target(ABC):
         scale_dtypes: dtypes of int4 group scales that its kernels read.
         kv_dtypes: dtypes of the KV cache that its kernels read and write.
         emulated_by: the command that runs its code on another machine, "qemu-aarch64", or "".
+        is_accelerator: it takes parts of a model with `offload`, and a CPU does the rest; it has no
+            kernels, so that `lower`, `pack` and `build` are never called.
     """
 
     name: ClassVar[str]
@@ -154,6 +174,7 @@ class Target(ABC):
     scale_dtypes: ClassVar[tuple[str, ...]] = ("float16",)
     kv_dtypes: ClassVar[tuple[str, ...]] = ("float16",)
     emulated_by: ClassVar[str] = ""
+    is_accelerator: ClassVar[bool] = False
 
     def __init__(self, soc: SoC) -> None:
         if all(processor.plugin != self.name for processor in soc.processors):
@@ -198,6 +219,29 @@ class Target(ABC):
         nobody claimed.
         """
         return mod
+
+    def offload(
+        self,
+        mod: IRModule,
+        functions: Sequence[str],
+        weights: WeightReader,
+        out: Path,
+        progress: Progress,
+    ) -> Offloaded:
+        """Compile parts of these functions with the processor's own compiler. Accelerators only.
+
+        Args:
+            mod: the model as composites.
+            functions: names of those to take parts of, "decode".
+            weights: of the checkpoint.
+            out: folder of the bundle; files go into a folder of the processor's name in it.
+            progress: called while it lasts.
+
+        Raises:
+            CoverageError: it cannot take this model, or not on this SoC.
+            ToolchainMissing, BuildFailed: its compiler is missing or failed.
+        """
+        raise NotImplementedError(f"{self.name} is no accelerator")
 
     def passes(self) -> Sequence[Pass]:
         """Return passes over the composites it owns (fusion), in order."""

@@ -10,7 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llamac.schedules.graph import GraphShape
 
 SPACES = ("weights", "arena", "kv")
 DTYPE_BYTES = {
@@ -107,11 +110,22 @@ class Program:
         """The function of that name."""
         return next(f for f in self.functions if f.name == name)
 
+    def graphs(self) -> tuple[GraphShape, ...]:
+        """What other processors compute, in the order of kernels."""
+        from llamac.schedules.graph import FAMILY, GraphShape  # noqa: PLC0415 (imports TVM)
+
+        shapes = (kernel.shape for kernel in self.kernels if kernel.family == FAMILY)
+        return tuple(GraphShape.from_fields(shape) for shape in shapes)
+
     def weight_bytes_per_token(self) -> int:
-        """Bytes of weights that one decode step reads: all its operands, of a table one row."""
+        """Bytes of weights that one decode step reads: all its operands, of a table one row.
+
+        Of a graph it is the size of its binary.
+        """
         decode = self.function("decode")
         tensors = {i: step for step in decode.steps for i in step.operands}
-        total = 0
+        names = {self.kernels[step.kernel].name for step in decode.steps}
+        total = sum(graph.file_bytes for graph in self.graphs() if graph.name in names)
         for index, step in tensors.items():
             tensor = self.tensors[index]
             if tensor.space == "weights":

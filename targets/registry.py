@@ -15,7 +15,7 @@ from llamac.targets.soc import SoC
 
 GROUP = "llamac.targets"
 
-PLANNED = frozenset({"qnn-htp", "neuropilot"})
+PLANNED = frozenset({"neuropilot"})
 """Plug-ins that SoC files name and that a later version of llamac brings."""
 
 

@@ -259,6 +259,7 @@ def _build(toolchain: Toolchain, target: str, arguments: Sequence[str], out: Pat
         *arguments,
         "-Wl,--as-needed",
         "-lm",
+        "-ldl",
         "-o",
         str(partial),
     ]

@@ -22,6 +22,7 @@ examples:
   llamac compile Llama-3.2-1B-Instruct-SpinQuant_INT4_EO8 --target host -o llama-1b-host
   llamac compile model.pth --target host -o out --context 4096 --kv-cache int8
   llamac compile MODEL --target host -o out --dump ir/ --report report.json
+  llamac compile MODEL --target sm8650 --processors cpu,htp --chunks 128 -o phone
 
 MODEL is a folder with params.json, tokenizer.model and a .pth file, as Meta publishes them, or the
 .pth file itself. TARGET is a name from `llamac targets`; `host` is this machine.
@@ -46,7 +47,16 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="LIST",
         type=_names,
         default=("cpu",),
-        help="processors of the SoC to use, in order of preference (default: cpu)",
+        help="processor of the SoC to use, or cpu,htp: the CPU, and the HTP for the layers "
+        "(default: cpu)",
+    )
+    parser.add_argument(
+        "--place",
+        metavar="LIST",
+        type=_pairs,
+        default={},
+        help="who computes the layers of a phase, as prefill=htp,decode=cpu (default: the HTP if "
+        "it is among the processors)",
     )
     parser.add_argument("--force", action="store_true", help="replace a bundle that is there")
     parser.add_argument("--name", help="name of the model in the manifest (default: MODEL's)")
@@ -56,6 +66,13 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _pairs(text: str) -> dict[str, str]:
+    parts = [part.partition("=") for part in _names(text)]
+    if not all(name and value for name, _, value in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like prefill=htp,decode=cpu")
+    return {name: value for name, _, value in parts}
 
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
@@ -116,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
         target=args.target,
         out=args.output,
         processors=args.processors,
+        placement=args.place,
         context_length=args.context,
         chunks=args.chunks,
         scale_dtype=args.scales,

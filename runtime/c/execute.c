@@ -25,6 +25,7 @@ enum { MAX_DIMS = 4 };
 struct llamac_executor {
   const llamac_program *program;
   const llamac_level *level;
+  void *accelerator;       /* what kernels take first; those of this processor ignore it */
   DLTensor *tensors;       /* [num_tensors] */
   int64_t *strides;        /* [num_tensors][MAX_DIMS] */
   uint32_t *first_argument; /* [num_steps + 1], into a thread's arguments */
@@ -105,6 +106,7 @@ llamac_executor *llamac_executor_create(const llamac_model *model, uint8_t *cons
   if (executor == NULL) return NULL;
   executor->program = program;
   executor->level = model->level;
+  executor->accelerator = model->accelerator;
   executor->num_threads = num_threads;
   atomic_init(&executor->failed, false);
   if (!allocate(executor)) {
@@ -166,7 +168,7 @@ static bool call_kernel(llamac_executor *executor, int32_t thread, uint32_t i) {
   if (range[0].v_int64 == range[1].v_int64) return true; /* fewer items than threads */
   llamac_kernel kernel = executor->level->kernels[step->kernel];
   llamac_mark_begin();
-  int32_t status = kernel(NULL, arguments, step->num_operands + 2, &result);
+  int32_t status = kernel(executor->accelerator, arguments, step->num_operands + 2, &result);
   llamac_mark_end();
   if (status == 0) return true;
   record_failure(executor, i);

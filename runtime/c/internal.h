@@ -87,6 +87,7 @@ struct llamac_model {
   uint8_t *weights;      /* mapped read-only, program->weights_bytes long */
   const llamac_program *program;
   const llamac_level *level;
+  void *accelerator; /* opened, or NULL */
 };
 
 /* Takes and gives back one reference. */

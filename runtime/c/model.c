@@ -92,6 +92,22 @@ static llamac_status map_weights(llamac_model *model, const char *path, llamac_e
   return status;
 }
 
+/* Opens what another processor computes, from files beside the weights. */
+static llamac_status open_accelerator(llamac_model *model, const char *weights_path,
+                                      llamac_error *error) {
+  const llamac_accelerator *accelerator = model->program->accelerator;
+  if (accelerator == NULL) return LLAMAC_OK;
+  const char *slash = strrchr(weights_path, '/');
+  size_t length = slash == NULL ? 1 : slash == weights_path ? 1 : (size_t)(slash - weights_path);
+  char *folder = malloc(length + 1);
+  if (folder == NULL) return llamac_fail(error, LLAMAC_ERROR_MEMORY, "no memory for a path");
+  memcpy(folder, slash == NULL ? "." : weights_path, length);
+  folder[length] = '\0';
+  llamac_status status = accelerator->open(folder, &model->accelerator, error);
+  free(folder);
+  return status;
+}
+
 llamac_status llamac_model_open(const char *weights_path, const char *level, llamac_model **out,
                                 llamac_error *error) {
   const llamac_program *program = &llamac_program_table;
@@ -107,6 +123,7 @@ llamac_status llamac_model_open(const char *weights_path, const char *level, lla
   atomic_init(&model->references, 1);
   llamac_status status = choose_level(program, level, &model->level, error);
   if (status == LLAMAC_OK) status = map_weights(model, weights_path, error);
+  if (status == LLAMAC_OK) status = open_accelerator(model, weights_path, error);
   if (status != LLAMAC_OK) {
     llamac_model_release(model);
     return status;
@@ -119,6 +136,7 @@ void llamac_model_retain(llamac_model *model) { atomic_fetch_add(&model->referen
 
 void llamac_model_release(llamac_model *model) {
   if (atomic_fetch_sub(&model->references, 1) != 1) return;
+  if (model->program->accelerator != NULL) model->program->accelerator->close(model->accelerator);
   if (model->weights != NULL) munmap(model->weights, (size_t)model->program->weights_bytes);
   free(model);
 }

@@ -2,7 +2,8 @@
  *
  * program.h: what the generated entry.c of a bundle tells the support library.
  *
- * entry.c contains tables only, the last of them `llamac_program_table`:
+ * entry.c contains tables, the last of them `llamac_program_table`, and where the model has graphs
+ * (qnn/qnn.h) the functions that call them:
  *
  *     #include "program.h"
  *     extern int32_t __tvm_ffi_rms_norm__avx2(void *, const TVMFFIAny *, int32_t, TVMFFIAny *);
@@ -13,6 +14,7 @@
 #ifndef LLAMAC_PROGRAM_H
 #define LLAMAC_PROGRAM_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "llamac.h"
@@ -138,6 +140,14 @@ typedef struct {
   const llamac_kernel *kernels; /* [num_kernels] */
 } llamac_level;
 
+/* Parts of the model that another processor's compiler has made; what they are is known to whoever
+ * opens them. Their kernels take what `open` returns as their first argument. */
+typedef struct {
+  /* folder: of the weights file. `out` receives NULL after an error. */
+  llamac_status (*open)(const char *folder, void **out, llamac_error *error);
+  void (*close)(void *opened); /* NULL is allowed */
+} llamac_accelerator;
+
 /* The whole model. */
 typedef struct {
   uint32_t abi_version; /* LLAMAC_ABI_VERSION */
@@ -158,6 +168,7 @@ typedef struct {
   uint32_t num_kernels;
   const llamac_level *levels; /* best first */
   uint32_t num_levels;
+  const llamac_accelerator *accelerator; /* NULL: all is kernels of this processor */
 } llamac_program;
 
 /* Defined by entry.c. */

@@ -10,12 +10,16 @@ from typing import Any
 from tvm.tirx import PrimFunc
 
 from llamac.schedules import (
+    append,
     attention,
+    convert,
     embedding,
+    graph,
     hadamard,
     lora,
     matmul,
     norm,
+    positions,
     qmatmul,
     qmatmul_int8,
     qmatmul_quads,
@@ -27,12 +31,16 @@ from llamac.schedules import (
 from llamac.schedules.intrin.isa import Isa
 
 FAMILIES: dict[str, ModuleType] = {
+    "append": append,
     "attention": attention,
+    "convert": convert,
     "embedding": embedding,
+    "graph": graph,
     "hadamard": hadamard,
     "lora": lora,
     "matmul": matmul,
     "norm": norm,
+    "positions": positions,
     "qmatmul": qmatmul,
     "qmatmul_int8": qmatmul_int8,
     "qmatmul_quads": qmatmul_quads,

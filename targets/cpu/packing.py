@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamac.schedules.intrin.arm_levels import ARM_LEVELS
+from llamac.schedules.intrin.arm_on_x86 import ArmOnX86
 from llamac.schedules.intrin.isa import Isa
 from llamac.schedules.qmatmul import GROUP
 from llamac.schedules.qmatmul_epilogue import ROWS
@@ -119,7 +120,7 @@ def _chunks(rows: Array, arrangement: str) -> Array:
 
 def codes_arrangement(level: str) -> str:
     """`Isa.codes` of a level by its name; levels of other packages arrange nothing."""
-    return next((isa.codes for isa in ARM_LEVELS if isa.name == level), Isa.codes)
+    return next((isa.codes for isa in (*ARM_LEVELS, ArmOnX86()) if isa.name == level), Isa.codes)
 
 
 def block_columns(rows: Array, block: int = ROWS) -> Array:

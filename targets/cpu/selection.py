@@ -10,6 +10,7 @@ passed over:
     qlinear gate, up -> swiglu        one qmatmul with the swiglu epilogue
     qlinear -> add                    one qmatmul with the residual epilogue
     rope q, rope k -> attention       rope (turns q and k, appends k and v to the cache), attention
+    graph                             convert and positions before it, append and convert after it
 
 The result is a Relax module whose functions only call kernels, so the Relax VM runs it, and
 `targets/cpu/plan.py` reads the program of a bundle off it. Weights become parameters in packed
@@ -22,7 +23,7 @@ from collections.abc import Callable
 
 from tvm import relax
 from tvm.ir import IRModule
-from tvm.relax import BlockBuilder, Var
+from tvm.relax import BlockBuilder
 
 from llamac.schedules.attention import AttentionShape
 from llamac.schedules.embedding import EmbeddingShape
@@ -34,6 +35,7 @@ from llamac.schedules.sampling import ArgmaxShape
 from llamac.schedules.select import TakeRowShape
 from llamac.targets.cpu.composite_calls import Call, dims, entry_functions, prefix
 from llamac.targets.cpu.emitter import Columns, KernelLibrary, Quantized, Selection
+from llamac.targets.cpu.graph_rules import GraphRules
 from llamac.targets.cpu.linear_rules import LinearRules
 
 
@@ -52,7 +54,7 @@ def select_kernels(module: IRModule, scale_dtype: str, isa: Isa) -> Selection:
     return selection
 
 
-class _FunctionSelector(LinearRules):
+class _FunctionSelector(LinearRules, GraphRules):
     """Selects kernels for one function."""
 
     def emit(self, name: str) -> None:
@@ -157,15 +159,6 @@ class _FunctionSelector(LinearRules):
         [result] = self._kernel("attention", attention, f"attention_{name}", inputs, out)
         for alias, value in zip(self._aliases[call.var], [result, *state], strict=True):
             self._values[alias] = value
-
-    def _state(self, var: Var, cache: CacheShape) -> Var:
-        """A cache tensor in the kernels' layout."""
-        part = var.name.rpartition(".")[2]
-        if part == "k_cache":
-            return self._param(var.name, cache.k_shape, cache.dtype)
-        if part == "v_cache":
-            return self._param(var.name, cache.v_shape, cache.dtype)
-        return self._param(var.name, cache.params_shape, "float32")
 
     def _select_take_row(self, call: Call) -> None:
         x, meta = call.args

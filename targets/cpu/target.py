@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from llamac.schedules.intrin.isa import Isa
     from llamac.targets.cpu.entry import Level
+    from llamac.targets.cpu.kernels import KernelSpec
+    from llamac.targets.program import Program
 
 LIBRARY = Path("lib/libmodel.so")
 HEADER = Path("include/llamac.h")
@@ -133,8 +135,7 @@ class CpuTarget(Target):
         )
         entry.write_text(source, encoding="ascii")
         progress("link", len(objects), len(objects) + 1)
-        sources = [entry, *sorted(RUNTIME_SOURCES.glob("*.c"))]
-        artifacts = self.link(sources, objects, out)
+        artifacts = self.link(support_sources(entry, lowered.program), objects, out)
         progress("link", len(objects) + 1, len(objects) + 1)
         header = out / HEADER
         header.parent.mkdir(exist_ok=True)
@@ -166,10 +167,23 @@ class CpuTarget(Target):
         from llamac.targets.cpu.object_cache import compile_object  # noqa: PLC0415
 
         objects: list[Path] = []
-        total = len(levels) * len(lowered.kernels) + 1
+        total = len(levels) * len(compiled_kernels(lowered)) + 1
         for isa, level in zip(self.isas(), levels, strict=True):
-            for name, spec in lowered.kernels.items():
+            for name, spec in compiled_kernels(lowered).items():
                 progress(f"{name} for {isa.name}", len(objects), total)
                 objects.append(work / f"{len(objects)}.o")
                 compile_object(spec, isa, name + level.suffix, objects[-1])
         return objects
+
+
+def support_sources(entry: Path, program: Program) -> list[Path]:
+    """C files of a library: the tables, the support library, and what calls graphs if needed."""
+    graphs = (RUNTIME_SOURCES / "qnn").glob("*.c") if program.graphs() else ()
+    return [entry, *sorted(RUNTIME_SOURCES.glob("*.c")), *sorted(graphs)]
+
+
+def compiled_kernels(lowered: Lowered) -> dict[str, KernelSpec]:
+    """The kernels that TVM compiles, by name: all that are no graphs."""
+    from llamac.schedules.graph import FAMILY  # noqa: PLC0415
+
+    return {name: spec for name, spec in lowered.kernels.items() if spec.family != FAMILY}

@@ -68,6 +68,18 @@ class Chunk:
         """A name for files and graphs: "decode_layers_0_3"."""
         return f"{self.function}_layers_{self.layers[0]}_{self.layers[-1]}"
 
+    def caches(self) -> tuple[str, ...]:
+        """Names of the caches, keys before values, layer by layer."""
+        attentions = (step for step in self.steps if step.kind == "llamac.attention")
+        return tuple(name for step in attentions for name in step.args[4:])
+
+    def linear_layers(self) -> tuple[str, ...]:
+        """Layers of the checkpoint whose weights are in it, "layers.0.attention.wq"."""
+        names = (n for step in self.steps for n in step.args if self.specs[n].is_param)
+        weights = (n.partition(".adaptor.")[0] for n in names if _LAYER.match(n))
+        layers = (n.removesuffix(".weight").removesuffix(".scales") for n in weights)
+        return tuple(dict.fromkeys(n for n in layers if not n.endswith("_cache")))
+
 
 def cut_chunks(mod: IRModule, function: str, layers_per_chunk: int) -> list[Chunk]:
     """Cut a function into chunks of that many layers (the last may have fewer).
@@ -75,7 +87,7 @@ def cut_chunks(mod: IRModule, function: str, layers_per_chunk: int) -> list[Chun
     Raises:
         CoverageError: layers exchange more than the residual stream.
     """
-    steps, specs = _read_function(mod, function)
+    steps, specs, _ = read_function(mod, function)
     by_layer: dict[int, list[Step]] = {}
     for layer, step in _with_layers(steps):
         by_layer.setdefault(layer, []).append(step)
@@ -127,8 +139,14 @@ def _with_layers(steps: Sequence[Step]) -> Iterator[tuple[int, Step]]:
             yield layer, step
 
 
-def _read_function(mod: IRModule, function: str) -> tuple[list[Step], dict[str, Spec]]:
-    """Read a Relax function of composites; values other than parameters are named v0, v1, ..."""
+def read_function(
+    mod: IRModule, function: str
+) -> tuple[list[Step], dict[str, Spec], dict[Any, tuple[str, ...]]]:
+    """Read a Relax function of composites; values other than parameters are named v0, v1, ...
+
+    Returns:
+        The steps, what is known of each name, and the names of each variable, several of a tuple.
+    """
     untyped: Any = mod
     body = untyped[function]
     names: dict[Any, tuple[str, ...]] = {}
@@ -150,7 +168,7 @@ def _read_function(mod: IRModule, function: str) -> tuple[list[Step], dict[str, 
             attrs = json.loads(str(composite.attrs["llamac.attrs"]))
             args = tuple(names[arg][0] for arg in value.args)
             steps.append(Step(str(composite.attrs["Composite"]), attrs, args, results))
-    return steps, specs
+    return steps, specs, names
 
 
 def _spec(ty: Any, *, is_param: bool = False) -> Spec:

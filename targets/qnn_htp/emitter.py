@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamac.runtime.errors import CoverageError, ValuesInvalid
+from llamac.schedules.positions import MASKED
 from llamac.schedules.rope import CacheShape
 from llamac.targets.qnn_htp.chunk import Chunk, Step
 from llamac.targets.qnn_htp.onnx_file import CONTRIB, OnnxFile
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
     from llamac.targets.base import WeightReader
 
 HIDDEN, HIDDEN_OUT, ROPE_COS, ROPE_SIN, MASK = "hidden hidden_out rope_cos rope_sin mask".split()
-MASKED = -1000.0
-"""In the mask, for keys that are not seen."""
-
 LIMIT = 30000.0
 """Scores are at most this where the mask is 0, and at most -LIMIT where it is MASKED.
 
@@ -256,11 +254,12 @@ class _Emitter:
     def _attention(self, step: Step) -> str:
         """Scores of the past and of the new keys side by side; values of both in two products."""
         q, k, v, _, *caches = step.args
-        shape = CacheShape(*(self._shape(caches[1])[i] for i in (0, 2, 1)), step.attrs["kv_dtype"])
+        heads, capacity, size = self._shape(caches[1])
+        shape = CacheShape(heads, size, capacity, step.attrs["kv_dtype"])
         if shape.dtype != "float16" or not shape.is_valid:
             raise self._refuse(f"attention over a cache of {shape}", step)
         k_cache, v_cache = caches
-        (heads, capacity, size), tokens = self._shape(v_cache), self.chunk.tokens
+        tokens = self.chunk.tokens
         per = step.attrs["heads"] // heads
         new = [self._new_rows(x, cache) for x, cache in ((k, k_cache), (v, v_cache))]
         past = [self._past_keys(k_cache), self._past_values(v_cache)]
@@ -331,6 +330,13 @@ class _Emitter:
     def _add(self, step: Step) -> str:
         first, second = (self.values[name] for name in step.args)
         return self._node("Add", first, second)
+
+
+def interface(chunk: Chunk) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of a graph's inputs and outputs, in the order in which steps have them."""
+    caches = chunk.caches()
+    new = (new_rows_name(cache) for cache in caches)
+    return (HIDDEN, ROPE_COS, ROPE_SIN, MASK, *caches), (HIDDEN_OUT, *new)
 
 
 def new_rows_name(cache: str) -> str:

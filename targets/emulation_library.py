@@ -1,0 +1,68 @@
+"""A library with which a computer stands in for a phone: its CPU's part in code for x86-64.
+
+The vendor's library that executes graphs here exists for x86-64 only. So a bundle with graphs
+carries its kernels a second time, compiled for x86-64 over the same packed weights, and the same
+C support library that calls the graphs. `--emulate` loads it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llamac.targets.base import Artifact, Identity, Lowered, Progress
+
+if TYPE_CHECKING:
+    pass
+
+ROLE = "emulation"
+ARCH = "x86_64"
+LIBRARY = Path("lib/emulation/libmodel.so")
+TARGET = "x86_64-linux-gnu.2.28"
+NOTE = "for x86-64 Linux, so that `--emulate` can run the bundle beside Qualcomm's library for x86"
+
+
+def build_emulation(
+    lowered: Lowered, identity: Identity, out: Path, progress: Progress
+) -> Artifact:
+    """Compile all kernels for x86-64 and link them into `LIBRARY`.
+
+    Raises:
+        BuildFailed, ToolchainMissing: see `link_shared`.
+    """
+    from llamac.schedules.intrin.arm_on_x86 import ArmOnX86  # noqa: PLC0415
+    from llamac.targets.cpu.entry import Level, entry_source  # noqa: PLC0415
+    from llamac.targets.cpu.object_cache import compile_object  # noqa: PLC0415
+    from llamac.targets.cpu.target import (  # noqa: PLC0415
+        RUNTIME_SOURCES,
+        compiled_kernels,
+        support_sources,
+    )
+    from llamac.targets.toolchain import find_toolchain, link_shared  # noqa: PLC0415
+
+    work = out / "build" / ROLE
+    work.mkdir()
+    isa = ArmOnX86()
+    level = Level(isa.name, isa.features)
+    objects: list[Path] = []
+    kernels = compiled_kernels(lowered)
+    for name, spec in kernels.items():
+        progress(f"{name} for {isa.name}", len(objects), len(kernels))
+        objects.append(work / f"{len(objects)}.o")
+        compile_object(spec, isa, name + level.suffix, objects[-1])
+    entry = work / "entry.c"
+    source = entry_source(lowered.program, identity, [level], "LLAMAC_X86_", isa.alignment)
+    entry.write_text(source, encoding="ascii")
+    library = out / LIBRARY
+    library.parent.mkdir(parents=True)
+    link_shared(
+        find_toolchain(),
+        sources=support_sources(entry, lowered.program),
+        objects=objects,
+        include_dirs=[RUNTIME_SOURCES],
+        out=library,
+        target=TARGET,
+        soname=LIBRARY.name,
+        exports=["llamac_*", "__tvm_ffi_*"],
+    )
+    return Artifact(LIBRARY, ROLE, note=NOTE)

@@ -1,0 +1,152 @@
+"""The plug-in "qnn-htp": runs of layers on Qualcomm's tensor processor, the rest on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from llamac.runtime.errors import ToolchainMissing
+from llamac.runtime.manifest import GraphEntry, GraphTensorEntry
+from llamac.targets.base import (
+    Artifact,
+    Identity,
+    Lowered,
+    LowerOptions,
+    Missing,
+    Offloaded,
+    Progress,
+    Target,
+    WeightReader,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from tvm.ir import IRModule
+
+    from llamac.schedules.graph import GraphShape
+    from llamac.targets.program import Pack
+    from llamac.targets.qnn_htp.chunk import Chunk
+    from llamac.targets.qnn_htp.context import ContextBinary
+    from llamac.targets.qnn_htp.metadata import TensorInfo
+
+FOLDER = "htp"
+ROLE = "graph"
+NOTE = "executed by Qualcomm's library for x86-64 at most; not by a phone"
+
+
+class QnnHtp(Target):
+    """The processor "htp" of a Snapdragon, through QNN."""
+
+    name: ClassVar[str] = "qnn-htp"
+    processor: ClassVar[str] = "htp"
+    is_accelerator: ClassVar[bool] = True
+
+    def check(self) -> Sequence[Missing]:
+        """The optional extra with Qualcomm's compiler."""
+        from llamac.targets.qnn_htp.toolchain import find_qnn  # noqa: PLC0415
+
+        try:
+            find_qnn()
+        except ToolchainMissing as error:
+            return (Missing(what=error.message, why=error.cause, fix=error.fix),)
+        return ()
+
+    def offload(
+        self,
+        mod: IRModule,
+        functions: Sequence[str],
+        weights: WeightReader,
+        out: Path,
+        progress: Progress,
+    ) -> Offloaded:
+        """Compile the layers of the functions to context binaries, `htp/<graph>.bin`."""
+        from llamac.targets.qnn_htp.chunk import cut_chunks  # noqa: PLC0415
+        from llamac.targets.qnn_htp.context import (  # noqa: PLC0415
+            compile_chunks,
+            htp_of,
+            layer_weight_bytes,
+            layers_per_chunk,
+        )
+        from llamac.targets.qnn_htp.outline import outline  # noqa: PLC0415
+
+        target = htp_of(self.soc)
+        num_layers = len(cut_chunks(mod, functions[0], 1))
+        count = layers_per_chunk(layer_weight_bytes(weights), num_layers)
+        chunks = [chunk for name in functions for chunk in cut_chunks(mod, name, count)]
+        folder = out / FOLDER
+        folder.mkdir()
+        binaries = compile_chunks(chunks, weights, target, folder, progress)
+        shapes = [graph_shape(*pair) for pair in zip(chunks, binaries, strict=True)]
+        files = (Artifact(Path(shape.file), ROLE, note=NOTE) for shape in shapes)
+        return Offloaded(
+            outline(mod, list(zip(chunks, shapes, strict=True))),
+            tuple(files),
+            tuple(map(graph_entry, chunks, binaries)),
+        )
+
+    def lower(self, mod: IRModule, options: LowerOptions) -> Lowered:
+        """Not an accelerator's work."""
+        raise NotImplementedError(self.name)
+
+    def pack(
+        self, pack: Pack, weights: WeightReader, options: LowerOptions
+    ) -> Iterator[NDArray[Any]]:
+        """Not an accelerator's work."""
+        raise NotImplementedError(self.name)
+
+    def build(
+        self, lowered: Lowered, identity: Identity, out: Path, progress: Progress
+    ) -> Sequence[Artifact]:
+        """Not an accelerator's work."""
+        raise NotImplementedError(self.name)
+
+
+def graph_shape(chunk: Chunk, binary: ContextBinary) -> GraphShape:
+    """Describe a compiled chunk as a step of a program."""
+    from llamac.schedules.graph import GraphShape, GraphTensor  # noqa: PLC0415
+    from llamac.targets.qnn_htp.emitter import interface  # noqa: PLC0415
+
+    metadata = binary.metadata
+    known = {t.name: t for t in (*metadata.graph.inputs, *metadata.graph.outputs)}
+    inputs, outputs = (
+        tuple(GraphTensor(name, known[name].shape) for name in names) for names in interface(chunk)
+    )
+    return GraphShape(
+        name=chunk.name,
+        graph=metadata.graph.name,
+        file=f"{FOLDER}/{binary.path.name}",
+        sha256=metadata.sha256,
+        file_bytes=metadata.file_bytes,
+        soc_model=metadata.soc_model,
+        build_id=metadata.build_id,
+        inputs=inputs,
+        outputs=outputs,
+        layers=chunk.linear_layers(),
+    )
+
+
+def graph_entry(chunk: Chunk, binary: ContextBinary) -> GraphEntry:
+    """Describe a compiled chunk for the manifest."""
+    metadata = binary.metadata
+    return GraphEntry(
+        name=chunk.name,
+        graph=metadata.graph.name,
+        function=chunk.function,
+        layers=chunk.layers,
+        file=f"{FOLDER}/{binary.path.name}",
+        soc_model=metadata.soc_model,
+        arch=metadata.arch,
+        vtcm_bytes=metadata.graph.vtcm_bytes,
+        optimization=metadata.graph.optimization,
+        build_id=metadata.build_id,
+        core_api=metadata.core_api,
+        backend_api=metadata.backend_api,
+        blob_version=metadata.blob_version,
+        inputs=tuple(map(_tensor, metadata.graph.inputs)),
+        outputs=tuple(map(_tensor, metadata.graph.outputs)),
+    )
+
+
+def _tensor(info: TensorInfo) -> GraphTensorEntry:
+    return GraphTensorEntry(info.name, info.shape, info.dtype)
