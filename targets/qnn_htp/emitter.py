@@ -16,8 +16,8 @@ Interface of every graph, all float16 (T tokens, C capacity, H heads, D head siz
 
 The caches are those of the CPU (`schedules/rope.py`), bit for bit, so that both can share one. The
 graph does not write them: it attends over the caches and then over the new keys. Places that hold
-no token may hold any finite numbers; infinities and NaN are not allowed there, since 0 times them
-is NaN.
+no token may hold any finite numbers. Infinities and NaN are not allowed there: in Qualcomm's
+library they do nothing on v69 and v75, and those of keys spoil the result on v81.
 Values [T, K] of the IR are [1, T, K] here: QNN takes MatMulNBits of no other rank.
 """
 

@@ -152,6 +152,12 @@ def inputs_of() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def float_model() -> Callable[[Checkpoint], FloatModel]:
+    """`FloatModel`."""
+    return FloatModel
+
+
+@pytest.fixture(scope="session")
 def decibels() -> Callable[..., float]:
     """`sqnr_db`."""
     return sqnr_db

@@ -29,12 +29,13 @@ def test_a_layer_computes_what_the_float_model_does(
         assert decibels(results[name], expected) >= 58, name
 
 
+@pytest.mark.parametrize("soc", ["sm8450", "sm8650", "sm8850"])
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_unused_places_of_the_caches_do_not_matter(
-    tokens: int, compiled: Any, case_of: Any
+    tokens: int, soc: str, compiled: Any, case_of: Any
 ) -> None:
     """Zeros or the largest numbers of both signs: not one bit differs."""
-    chunk, binary = compiled("spinquant", tokens)
+    chunk, binary = compiled("spinquant", tokens, soc)
     feeds = case_of("spinquant", chunk).feeds
     k_cache, v_cache = (feeds[f"layers.0.{side}_cache"] for side in "kv")
     rng = np.random.default_rng(3)
