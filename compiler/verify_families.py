@@ -35,6 +35,8 @@ from llamac.targets.program import ProgramKernel
 Array = NDArray[Any]
 
 OFFSET_FACTOR = -8  # int4 codes are stored as code + 8
+# Tensors that are the codes of a family's int4 product: with offsets or without.
+INT4_CODES = {"qmatmul": 3, "qmatmul_hvx": 3, "qmatmul_quads": 2}
 _ROW_BLOCK = 4096
 # Scores up to this magnitude are computed to TOLERANCE; the error of larger ones grows with them.
 _PLAIN_SCORE = 8.0
@@ -87,9 +89,9 @@ class StepReference:
             "norm": self._norm,
             "quantize": self._quantize,
             "hadamard": self._hadamard,
-            "qmatmul": self._qmatmul,
-            "qmatmul_quads": self._qmatmul,
+            **dict.fromkeys(INT4_CODES, self._qmatmul),
             "qmatmul_int8": self._qmatmul_int8,
+            "qmatmul_int8_hvx": self._qmatmul_int8,
             "matmul": self._matmul,
             "lora": self._lora,
             "rope": self._rope,
@@ -118,7 +120,7 @@ class StepReference:
         """Say what is wrong with the place of an operation among the others; "" if nothing is."""
         if len(set(run.sources)) > 1:
             return f"its operands belong to different layers: {sorted(set(run.sources))}"
-        if run.kernel.family not in ("qmatmul", "qmatmul_quads"):
+        if run.kernel.family not in INT4_CODES:
             return ""
         needs_r4 = self._quant.hadamard_r4 and run.layers[0].endswith(".feed_forward.w2")
         if needs_r4 != (run.producers[0] == "hadamard"):
@@ -186,7 +188,7 @@ class StepReference:
 
     def _qmatmul(self, run: StepRun) -> list[Comparison]:
         codes, has_lora = self._codes_of(run), "lora" in run.producers
-        num_codes = 3 if run.kernel.family == "qmatmul" else 2  # with offsets or without
+        num_codes = INT4_CODES[run.kernel.family]
         parts = []
         for i, name in enumerate(run.layers):
             scales = round_to(self._weights.read(f"{name}.scales"), self._scale_dtype)

@@ -24,6 +24,8 @@ from llamac.schedules.loop import loop
 VERSION = 1
 KNOBS: Mapping[str, tuple[int, ...]] = {}
 ROWS = 16  # rows of a packed block
+HVX_ROWS = 32  # and of one of HVX, whose codes are unsigned
+HVX_ZERO = 128
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,11 @@ class EmbeddingShape:
 
     Attributes:
         tokens: rows to look up.
-        vocab: rows of the table; a multiple of 16 in blocks.
+        vocab: rows of the table; whole blocks.
         k: columns.
         dtype: "int8" or "bfloat16".
         blocks: the table is the output layer's, in that kernel's blocks of 16 rows.
+        hvx: the blocks are those of HVX, 32 rows of int8 codes + 128 (`qmatmul_int8_hvx.py`).
     """
 
     tokens: int
@@ -43,6 +46,19 @@ class EmbeddingShape:
     k: int
     dtype: str = "int8"
     blocks: bool = False
+    hvx: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return HVX_ROWS if self.hvx else ROWS
+
+    @property
+    def table_dtype(self) -> str:
+        """Type of the table as the kernel reads it."""
+        if self.dtype == "bfloat16":
+            return "uint16"
+        return "uint8" if self.hvx else "int8"
 
     @property
     def table_shape(self) -> tuple[int, ...]:
@@ -50,14 +66,15 @@ class EmbeddingShape:
         if not self.blocks:
             return (self.vocab, self.k)
         if self.dtype == "int8":
-            return (self.vocab // ROWS, self.k // 4, 4 * ROWS)
+            return (self.vocab // self.rows, self.k // 4, 4 * self.rows)
         return (self.vocab // ROWS, self.k, ROWS)
 
 
 def valid(shape: EmbeddingShape, isa: Isa, knobs: Mapping[str, int]) -> bool:
     """Whether rows are cut into whole vectors and the type is known."""
-    in_blocks = not shape.blocks or shape.vocab % ROWS == 0
-    return shape.k % 32 == 0 and shape.dtype in {"int8", "bfloat16"} and in_blocks and not knobs
+    in_blocks = not shape.blocks or shape.vocab % shape.rows == 0
+    is_known = shape.dtype in ({"int8"} if shape.hvx else {"int8", "bfloat16"})
+    return shape.k % 32 == 0 and is_known and in_blocks and not knobs
 
 
 def default(shape: EmbeddingShape, isa: Isa) -> dict[str, int]:
@@ -68,12 +85,12 @@ def default(shape: EmbeddingShape, isa: Isa) -> dict[str, int]:
 def make(shape: EmbeddingShape, isa: Isa, *, name: str | None = None) -> PrimFunc:
     """Build `embedding(tokens i32[T], table [, scales f32[V]]) -> x f32[T,K]`; work = T.
 
-    The table is int8 with scales, or bfloat16 (as uint16 bits) without.
+    The table is int8 (or uint8 codes + 128) with scales, or bfloat16 (as uint16 bits) without.
     """
     is_int8 = shape.dtype == "int8"
     with KernelBuilder(name or _name(shape, isa), shape.tokens) as b:
         tokens = b.input("tokens", (shape.tokens,), "int32")
-        table = b.input("table", shape.table_shape, "int8" if is_int8 else "uint16")
+        table = b.input("table", shape.table_shape, shape.table_dtype)
         scales = b.input("scales", (shape.vocab,), "float32") if is_int8 else None
         x = b.output("x", (shape.tokens, shape.k), "float32")
         with b.items() as item:
@@ -100,17 +117,19 @@ def _from_blocks(
     shape: EmbeddingShape, isa: Isa, table: Any, row: Any, scale: Any, x: Any, item: Any
 ) -> None:
     """Pick one row out of its block: element by element, but only one row per token."""
-    block, lane = row // ROWS, row % ROWS
+    block, lane = row // shape.rows, row % shape.rows
     with loop(shape.k) as k:
         if scale is None:
             bits = T.shift_left(T.Cast("uint32", table[block, k, lane]), T.uint32(16))
             store(x, T.reinterpret("float32", bits), item, k)
         else:
-            code = table[block, k // 4, lane * 4 + k % 4]
+            code = T.Cast("int32", table[block, k // 4, lane * 4 + k % 4])
+            if shape.hvx:
+                code = code - T.int32(HVX_ZERO)
             store(x, T.Cast("float32", code) * scale, item, k)
 
 
 def _name(shape: EmbeddingShape, isa: Isa) -> str:
     rhs = "qsi8cx" if shape.dtype == "int8" else "bf16"
-    layout = "_blocks" if shape.blocks else ""
+    layout = f"{'_hvx' if shape.hvx else ''}_blocks" if shape.blocks else ""
     return f"embedding_f32_i32_{rhs}{layout}_{shape.tokens}x{shape.vocab}x{shape.k}_{isa.suffix}"

@@ -1,7 +1,8 @@
 """Qualcomm's Hexagon DSP: a whole model on it, as a program that qemu-hexagon executes.
 
-Kernels come from the same generators as those of CPUs. The program is a static Linux one, which no
-DSP of a phone runs: those load libraries into a user process by FastRPC.
+The products of linear layers use HVX; the other kernels come from the same generators as those of
+CPUs and are scalar, because no emulator executes floats of HVX. The program is a static Linux one,
+which no DSP of a phone runs: those load libraries into a user process by FastRPC.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class HexagonHvx(CpuTarget):
 
     def isas(self) -> Sequence[Isa]:
         """Instruction sets of the levels of the DSP's version, best first."""
-        from llamac.schedules.intrin.hexagon_plain import HexagonPlain  # noqa: PLC0415
+        from llamac.schedules.intrin.hexagon import HexagonHvx as Hvx  # noqa: PLC0415
 
-        return (HexagonPlain(self.version),)
+        return (Hvx(int(self.version.removeprefix("v")), simulate=True),)
 
     def levels(self) -> Sequence[SocLevel]:
         """The levels by name and features; those of the SoC file are the CPU's."""

@@ -34,8 +34,8 @@ class Pack:
     Attributes:
         layout: name of the layout, e.g. "int4.codes".
         sources: checkpoint tensors, in the order of their rows.
-        interleave: sources alternate in blocks of 16 rows (gate and up) instead of following each
-            other.
+        interleave: sources alternate in blocks of 16 rows, of 32 in layouts for HVX (gate and up),
+            instead of following each other.
     """
 
     layout: str

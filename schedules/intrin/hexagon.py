@@ -15,11 +15,14 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
+from llamac.schedules.intrin.hexagon_plain import HexagonPlain
 from llamac.schedules.intrin.isa import Isa, intrinsic
 
 TRIPLE = "hexagon"
 VERSIONS = (66, 68, 69, 73, 75, 79, 81)
 FIRST_WITH_FLOATS = 68
+# Kernels whose work is in integers: they use HVX where floats are scalars, too.
+HVX_FAMILIES = frozenset({"qmatmul_hvx", "qmatmul_int8_hvx"})
 
 
 def target_of(version: int, *, simulate: bool) -> dict[str, Any]:
@@ -62,9 +65,12 @@ class HexagonHvx(Isa):
             raise ValueError(f"HVX v{version} is not one of {VERSIONS}")
         self.version = version
         self.simulate = simulate or version < FIRST_WITH_FLOATS
-        self.name = f"hvx-v{version}{'-simulate' if simulate else ''}"
-        self.features = (f"hvxv{version}",)
+        self.name = f"v{version}-hvx{'-simulated' if simulate else ''}"
         self.target = target_of(version, simulate=simulate)
+
+    def for_family(self, family: str) -> Isa:
+        """This set for kernels with integer instructions of HVX; the others are scalar."""
+        return self if family in HVX_FAMILIES else HexagonPlain(f"v{self.version}")
 
     def dot_word_u8s8(self, acc: Any, vector: Any, word: Any) -> Any:
         """acc[i] += sum of 4 products of uint8 lanes 4i .. 4i+3 with the int8 bytes of a word.

@@ -61,6 +61,10 @@ class Isa:
         """The same instructions, scheduled by LLVM for a core; most sets know one schedule."""
         return self
 
+    def for_family(self, family: str) -> Isa:
+        """The instruction set of a level's kernels of a family; most levels are one set."""
+        return self
+
     # -- moving data -----------------------------------------------------------------------------
 
     def load(self, buffer: tirx.Buffer, *index: Any, lanes: int | None = None) -> Any:

@@ -21,7 +21,9 @@ from llamac.schedules import (
     norm,
     positions,
     qmatmul,
+    qmatmul_hvx,
     qmatmul_int8,
+    qmatmul_int8_hvx,
     qmatmul_quads,
     quantize,
     rope,
@@ -42,7 +44,9 @@ FAMILIES: dict[str, ModuleType] = {
     "norm": norm,
     "positions": positions,
     "qmatmul": qmatmul,
+    "qmatmul_hvx": qmatmul_hvx,
     "qmatmul_int8": qmatmul_int8,
+    "qmatmul_int8_hvx": qmatmul_int8_hvx,
     "qmatmul_quads": qmatmul_quads,
     "quantize": quantize,
     "rope": rope,
@@ -60,8 +64,8 @@ class KernelSpec:
     shape: Any
 
     def make(self, isa: Isa, name: str | None = None) -> PrimFunc:
-        """Build the kernel for an instruction set, with the family's default knobs."""
-        family = FAMILIES[self.family]
+        """Build the kernel for a level, with the family's default knobs."""
+        isa, family = isa.for_family(self.family), FAMILIES[self.family]
         knobs = family.default(self.shape, isa)
         return family.make(self.shape, isa, **knobs, name=name or self.name)
 

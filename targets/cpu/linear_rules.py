@@ -9,12 +9,13 @@ from tvm.relax import Var
 
 from llamac.schedules.lora import LoraShape
 from llamac.schedules.matmul import MatmulShape
-from llamac.schedules.qmatmul import GROUP, GROUP_BYTES, QMatmulShape
+from llamac.schedules.qmatmul import GROUP, QMatmulShape
 from llamac.schedules.qmatmul_epilogue import ROWS
 from llamac.schedules.qmatmul_int8_lanes import QMatmulInt8Shape
 from llamac.schedules.quantize import QuantizeShape, codes_shape, has_offsets
 from llamac.targets.cpu.composite_calls import Call, dims, prefix
 from llamac.targets.cpu.emitter import Columns, FunctionState, Quantized
+from llamac.targets.cpu.weight_form import WeightForm, weight_form
 
 
 class LinearRules(FunctionState):
@@ -38,6 +39,7 @@ class LinearRules(FunctionState):
             return
         calls, epilogue, extra = self._tile(call)
         n, k = sum(dims(c.args[1])[0] for c in calls), dims(call.args[1])[1]
+        self._check_int4_blocks(call, calls, epilogue == "swiglu")
         sources = [prefix(c.args[1]) for c in calls]
         codes = self._codes_of(call.args[0])
         inputs: list[Var] = list(codes.operands)
@@ -50,13 +52,22 @@ class LinearRules(FunctionState):
         shape = QMatmulShape(
             self._rows(call), n, k, self._scale_dtype, epilogue, rank, scale, splits
         )
-        family = "qmatmul" if self._layout == "int4.codes" else "qmatmul_quads"
-        self._linear_kernel(family, "qai8dx_qsi4c32", shape, calls, inputs + extra)
+        self._linear_kernel(self._form.int4_family, "qai8dx_qsi4c32", shape, calls, inputs + extra)
 
     @property
-    def _layout(self) -> str:
-        """Layout of int4 weights: signed nibbles need no offsets."""
-        return "int4.codes" if has_offsets(self._library.isa) else "int4.signed"
+    def _form(self) -> WeightForm:
+        return weight_form(self._library.isa)
+
+    def _check_int4_blocks(self, call: Call, calls: Sequence[Call], swiglu: bool) -> None:
+        """Refuse rows that make no whole blocks, together or each for itself."""
+        rows = self._form.gate_rows if swiglu else self._form.int4_rows
+        each = [dims(c.args[1])[0] for c in calls]
+        is_split = swiglu or len(call.args) > 3
+        self._check_blocks(call, each if is_split else [sum(each)], rows)
+
+    def _check_blocks(self, call: Call, counts: Sequence[int], rows: int) -> None:
+        if any(count % rows for count in counts):
+            raise self._uncovered(call, f"its weights have no multiple of {rows} rows")
 
     def _code_outputs(self, tokens: int, k: int) -> list[tuple[tuple[int, ...], str]]:
         """Shapes of codes, (scale, zero point), and group offsets if the levels have them."""
@@ -68,11 +79,12 @@ class LinearRules(FunctionState):
 
     def _int4_weights(self, sources: Sequence[str], n: int, k: int, swiglu: bool) -> list[Var]:
         groups, bits = k // GROUP, "float16" if self._scale_dtype == "float16" else "uint16"
-        blocks = n // ROWS
+        form, rows = self._form, self._form.int4_rows
+        codes, scales = (n // rows, groups, rows * GROUP // 2), (n // rows, groups, rows)
         return [
-            self._packed(self._layout, sources, (blocks, groups, GROUP_BYTES), "uint8", swiglu),
-            self._packed("int4.scales", sources, (blocks, groups, ROWS), bits, swiglu),
-            self._packed("int4.ksum", sources, (n,), "float32", swiglu),
+            self._packed(form.int4, sources, codes, "uint8", swiglu),
+            self._packed(form.scales, sources, scales, bits, swiglu),
+            self._packed(form.ksum, sources, (n,), "float32", swiglu),
         ]
 
     def _lora_branch(
@@ -88,23 +100,28 @@ class LinearRules(FunctionState):
         shape = LoraShape(tokens, total, k)
         outputs = [((tokens, total), "float32")]
         [t] = self._kernel("lora", shape, name, [codes.values, a], outputs)
-        return [t, self._packed("lora.b", sources, (n // ROWS, rank, ROWS), "uint16", swiglu)]
+        rows = self._form.int4_rows
+        b = (n // rows, rank, rows)
+        return [t, self._packed(self._form.lora_b, sources, b, "uint16", swiglu)]
 
     def _select_int8(self, call: Call) -> None:
         x, weight, _ = call.args
         n, k = dims(weight)
-        codes, source = self._codes_of(x), [prefix(weight)]
+        codes, source, form = self._codes_of(x), [prefix(weight)], self._form
+        rows = form.int8_rows
+        self._check_blocks(call, [n], rows)
+        blocks = (n // rows, k // 4, 4 * rows)
         inputs = [
-            *codes.operands[:2],
-            self._packed("int8.blocks", source, (n // ROWS, k // 4, 4 * ROWS), "int8"),
+            *codes.operands[: 3 if form.int8_offsets else 2],
+            self._packed(form.int8, source, blocks, form.int8_dtype),
             self._packed("int8.scales", source, (n,), "float32"),
             self._packed("int8.wsum", source, (n,), "int32"),
         ]
-        rows = self._rows(call)
-        shape = QMatmulInt8Shape(rows, n, k)
-        name = f"qmatmul_f32_qai8dx_qsi8cx_{rows}x{n}x{k}"
-        outputs = [((rows, n), "float32")]
-        [result] = self._kernel("qmatmul_int8", shape, name, inputs, outputs)
+        tokens = self._rows(call)
+        shape = QMatmulInt8Shape(tokens, n, k)
+        name = f"qmatmul_f32_qai8dx_qsi8cx_{tokens}x{n}x{k}"
+        outputs = [((tokens, n), "float32")]
+        [result] = self._kernel(form.int8_family, shape, name, inputs, outputs)
         self._values[call.var] = result
 
     def _select_linear(self, call: Call) -> None:

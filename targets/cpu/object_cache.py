@@ -28,11 +28,12 @@ SCHEDULES = Path(inspect.getfile(Isa)).parents[1]
 
 
 def compile_object(spec: KernelSpec, isa: Isa, symbol: str, out: Path) -> bool:
-    """Write the object file of a kernel, from the cache if it is there.
+    """Write the object file of a level's kernel, from the cache if it is there.
 
     Returns:
         Whether it came from the cache.
     """
+    isa = isa.for_family(spec.family)
     cached = None if os.environ.get(SWITCH) == "0" else _place(spec, isa, symbol)
     if cached is not None and cached.is_file():
         shutil.copyfile(cached, out)

@@ -1,8 +1,9 @@
 """Layouts of weights.bin: checkpoint tensors to what the kernels read, in pieces of bounded size.
 
-Rows of linear layers are packed in blocks of 16 (see `schedules/qmatmul.py`). A layout function
-takes rows [n, ...] with n a multiple of 16 and returns the packed array; `pack_tensor` feeds it row
-blocks, so that the memory in use is that of a few thousand rows whatever the tensor's size.
+Rows of linear layers are packed in blocks of 16 (see `schedules/qmatmul.py`), of 64 for HVX (see
+`schedules/qmatmul_hvx.py`). A layout function takes rows [n, ...] of whole blocks and returns the
+packed array; `Packer.pack` feeds it row blocks, so that the memory in use is that of a few thousand
+rows whatever the tensor's size.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from llamac.targets.program import Pack
 
 Array = NDArray[Any]
 PIECE_BYTES = 16 << 20
+HVX_ROWS = 64  # of a block of HVX's int4 weights; gate and up alternate in halves of it
+SCALES = ("int4.scales", "hvx.scales")
 
 
 def int4_codes(codes: Array) -> Array:
@@ -193,6 +196,11 @@ class Packer:
             "int4.signed": lambda w: int4_signed(w["weight"]),
             "int4.scales": lambda w: block_columns(to_scale_dtype(w["scales"], scale_dtype)),
             "int4.ksum": lambda w: int4_ksum(w["weight"], to_scale_dtype(w["scales"], scale_dtype)),
+            "hvx.int4": lambda w: int4_hvx(w["weight"]),
+            "hvx.scales": lambda w: hvx_scales(to_scale_dtype(w["scales"], scale_dtype)),
+            "hvx.ksum": lambda w: int4_ksum(w["weight"], to_scale_dtype(w["scales"], scale_dtype)),
+            "hvx.lora.b": lambda w: block_columns(to_bfloat16(w["adaptor.B.weight"]), HVX_ROWS),
+            "hvx.int8": lambda w: int8_hvx(w["weight"]),
             "int8.blocks": lambda w: int8_codes(w["weight"]),
             "int8.wsum": lambda w: w["weight"].sum(axis=1, dtype=np.int32),
             "int8.scales": lambda w: w["scales"].astype(np.float32),
@@ -219,20 +227,22 @@ class Packer:
                 yield from _slices(parts)
             return
         for blocks in zip(*(_slices(parts) for parts in sources), strict=True):
-            yield {part: _interleave([block[part] for block in blocks]) for part in blocks[0]}
+            rows = HVX_ROWS // 2 if pack.layout.startswith("hvx.") else ROWS
+            yield {part: _interleave([b[part] for b in blocks], rows) for part in blocks[0]}
 
     def _parts(self, name: str, layout: str) -> dict[str, Array]:
         """The tensors of one linear layer that a layout needs."""
         needed = {
-            "int4.scales": ("scales",),
-            "int4.ksum": ("weight", "scales"),
+            **dict.fromkeys(SCALES, ("scales",)),
+            **dict.fromkeys(("int4.ksum", "hvx.ksum"), ("weight", "scales")),
+            "hvx.lora.b": ("adaptor.B.weight",),
             "int8.scales": ("scales",),
             "lora.a": ("adaptor.A.weight",),
             "rope": ("table",),
             "lora.b": ("adaptor.B.weight",),
         }.get(layout, ("weight",))
         parts = {part: self._weights.read(f"{name}.{part}") for part in needed}
-        if layout == "int4.scales" and self._scale_dtype == "float16" and self._check:
+        if layout in SCALES and self._scale_dtype == "float16" and self._check:
             self._check(f"{name}.scales", parts["scales"])
         return parts
 
@@ -241,13 +251,13 @@ def _slices(parts: dict[str, Array]) -> Iterator[dict[str, Array]]:
     """Cut all parts into the same row blocks of at most about PIECE_BYTES."""
     n = len(next(iter(parts.values())))
     row_bytes = sum(array.nbytes // n for array in parts.values())
-    step = max(ROWS, PIECE_BYTES // max(1, row_bytes) // ROWS * ROWS)
+    step = max(HVX_ROWS, PIECE_BYTES // max(1, row_bytes) // HVX_ROWS * HVX_ROWS)
     for start in range(0, n, step):
         yield {name: array[start : start + step] for name, array in parts.items()}
 
 
-def _interleave(arrays: Sequence[Array]) -> Array:
-    """Alternate blocks of 16 rows of arrays of equal shape."""
+def _interleave(arrays: Sequence[Array], rows: int) -> Array:
+    """Alternate blocks of `rows` rows of arrays of equal shape."""
     shape = arrays[0].shape
-    blocks = [a.reshape(shape[0] // ROWS, 1, ROWS, *shape[1:]) for a in arrays]
+    blocks = [a.reshape(shape[0] // rows, 1, rows, *shape[1:]) for a in arrays]
     return np.concatenate(blocks, axis=1).reshape(len(arrays) * shape[0], *shape[1:])

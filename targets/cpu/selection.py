@@ -89,10 +89,11 @@ class _FunctionSelector(LinearRules, GraphRules):
         source = prefix(table)
         shared = any(use.kind in ("qlinear", "linear") for use in self._uses[table])
         dtype = "int8" if scales else "bfloat16"
-        shape = EmbeddingShape(self._tokens, vocab, dim, dtype, shared)
+        hvx = bool(scales) and shared and self._form.int8 == "hvx.int8"
+        shape = EmbeddingShape(self._tokens, vocab, dim, dtype, shared, hvx)
         layout = ("int8" if scales else "bf16") + (".blocks" if shared else ".rows")
-        bits = "int8" if scales else "uint16"
-        inputs = [self._packed(layout, [source], shape.table_shape, bits)]
+        layout = "hvx.int8" if hvx else layout
+        inputs = [self._packed(layout, [source], shape.table_shape, shape.table_dtype)]
         if scales:
             inputs.append(self._packed("int8.scales", [source], (vocab,), "float32"))
         name = f"embedding_f32_{dtype}{'_blocks' if shared else ''}_{self._tokens}x{dim}"

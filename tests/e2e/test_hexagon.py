@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from llamac.compiler.config import LLAMA_3_2_1B
+from llamac.compiler.pipeline import CompileConfig, compile_bundle
+from llamac.compiler.progress import SilentProgress
 from llamac.compiler.verify import verify_bundle
 from llamac.runtime import load
 from llamac.runtime.manifest import Manifest, read_manifest
 from llamac.targets.emulator import ARCHITECTURES, find_emulator
 from llamac.targets.program import Program
 from llamac.targets.soc import load_soc
+from llamac.tools.make_synthetic import FORMS, make_synthetic
 
 pytestmark = pytest.mark.needs("qemu-hexagon")
 
@@ -75,6 +80,27 @@ def test_every_operation_equals_the_reference(
     assert report.passed, report.failures
 
 
+@pytest.mark.slow
+def test_a_layer_of_the_1b_shape_equals_the_reference(tmp_path: Path) -> None:
+    """With a small vocabulary: every step of decode and of a chunk of 8."""
+    model = tmp_path / "one-layer"
+    sizes = replace(LLAMA_3_2_1B, num_layers=1, vocab_size=2048)
+    make_synthetic(model, sizes, FORMS["spinquant"])
+    config = CompileConfig(
+        model=model,
+        target=SOC,
+        processors=("hvx",),
+        out=tmp_path / "bundle",
+        chunks=(8,),
+        context_length=256,
+        verify=False,
+    )
+    compile_bundle(config, SilentProgress())
+    machine = find_emulator(arch="hexagon")
+    report = verify_bundle(config.out, model, max_tokens=4, machine=machine, all_functions=True)
+    assert report.passed, report.failures
+
+
 def test_the_bundle_says_what_it_is_for(dsp_bundle: Callable[[str], Path]) -> None:
     """A program for the DSP, whose tensors are where HVX can load them, and no library."""
     bundle = dsp_bundle("spinquant")
@@ -84,10 +110,12 @@ def test_the_bundle_says_what_it_is_for(dsp_bundle: Callable[[str], Path]) -> No
     assert target.processors == ("hvx",)
     hexagon = load_soc(SOC).hexagon
     assert hexagon is not None
-    assert all(level.name.startswith(hexagon.version) for level in target.levels)
+    assert [level.name for level in target.levels] == [f"{hexagon.version}-hvx-simulated"]
     assert manifest.libraries() == {}
     program = Program.from_json((bundle / manifest.file("program")).read_text("utf-8"))
     assert all(tensor.offset % 128 == 0 for tensor in program.tensors)
+    products = {k.family for k in program.kernels if {"m", "n", "k"} <= k.shape.keys()}
+    assert products == {"qmatmul_hvx", "qmatmul_int8_hvx"}
     head = (bundle / manifest.file("runner")).read_bytes()[:20]
     assert (head[4], int.from_bytes(head[18:20], "little")) == (1, EM_HEXAGON)
 

@@ -31,6 +31,15 @@ def test_int8_blocks(run_kernel, isa, rng):
     np.testing.assert_array_equal(x, reference.embedding(TOKENS, table, scales).astype(np.float32))
 
 
+def test_int8_blocks_of_hvx(run_kernel, isa, rng):
+    table = rng.integers(-128, 128, (64, WIDTH)).astype(np.int8)
+    scales = rng.uniform(1e-3, 1, 64).astype(np.float32)
+    shape = EmbeddingShape(len(TOKENS), 64, WIDTH, blocks=True, hvx=True)
+    func = embedding.make(shape, isa)
+    (x,) = run_kernel(func, isa, TOKENS, packing.int8_hvx(table), scales)
+    np.testing.assert_array_equal(x, reference.embedding(TOKENS, table, scales).astype(np.float32))
+
+
 def test_bfloat16_blocks(run_kernel, isa, rng):
     table = to_bfloat16(rng.normal(size=(VOCAB, WIDTH)))
     (x,) = run_kernel(make("bfloat16", isa), isa, TOKENS, packing.block_columns(table))
@@ -40,6 +49,7 @@ def test_bfloat16_blocks(run_kernel, isa, rng):
 def test_blocks_need_whole_blocks(any_isa):
     assert embedding.valid(EmbeddingShape(1, 48, 64, blocks=True), any_isa, {})
     assert not embedding.valid(EmbeddingShape(1, 47, 64, blocks=True), any_isa, {})
+    assert not embedding.valid(EmbeddingShape(1, 48, 64, blocks=True, hvx=True), any_isa, {})
 
 
 def test_a_call_writes_only_its_rows(check_row_ranges, isa, rng):

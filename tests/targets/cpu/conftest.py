@@ -105,6 +105,12 @@ def lowered() -> Callable[..., Model]:
 
 
 @pytest.fixture
+def tiny() -> LlamaConfig:
+    """Sizes of the model that `lowered` makes by default."""
+    return TINY
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     """Random numbers that are the same in every run."""
     return np.random.default_rng(0)

@@ -22,7 +22,7 @@ from llamac.targets.cpu.packing import Packer
 from llamac.targets.program import Pack
 
 Array = NDArray[Any]
-N, K = 64, 96
+N, K = 128, 96
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Weights:
 @pytest.fixture
 def weights(rng: np.random.Generator) -> Weights:
     """Two linear layers "a" and "b" in every form, an int8 table "t", a RoPE table."""
-    tensors: dict[str, Array] = {"rope.table": rope_table(LLAMA_3_2_1B, 40)}
+    tensors: dict[str, Array] = {"rope.table": rope_table(LLAMA_3_2_1B, 80)}
     for name in "ab":
         tensors[f"{name}.weight"] = rng.integers(-8, 8, (N, K)).astype(np.int8)
         tensors[f"{name}.scales"] = rng.uniform(1e-3, 1, (N, K // 32)).astype(np.float32)
@@ -89,10 +89,23 @@ def unpack_int8(blocks: Array) -> Array:
     return np.stack(rows)
 
 
-def alternate(first: Array, second: Array) -> Array:
-    """Blocks of 16 rows of both in turn."""
-    blocks = [rows[i : i + 16] for i in range(0, len(first), 16) for rows in (first, second)]
-    return np.concatenate(blocks)
+def alternate(first: Array, second: Array, count: int = 16) -> Array:
+    """Blocks of `count` rows of both in turn."""
+    starts = range(0, len(first), count)
+    return np.concatenate([rows[i : i + count] for i in starts for rows in (first, second)])
+
+
+def unpack_hvx(blocks: Array) -> Array:
+    """Codes [n, k] from blocks [n/64, k/32, 1024]; the layout is told in qmatmul_hvx.py."""
+    num_blocks, groups, _ = blocks.shape
+    codes = np.empty((num_blocks, 64, groups * 32), np.int8)
+    for j in range(8):
+        for row in range(32):
+            for b in range(4):
+                byte = blocks[:, :, j * 128 + row * 4 + b].astype(np.int8)
+                codes[:, row, 4 * j + b :: 32] = (byte & 15) - 8
+                codes[:, row + 32, 4 * j + b :: 32] = (byte >> 4 & 15) - 8
+    return codes.reshape(num_blocks * 64, -1)
 
 
 @pytest.mark.parametrize("interleave", [False, True])
@@ -131,6 +144,36 @@ def test_interleaved_parts_match(weights: Weights) -> None:
     np.testing.assert_array_equal(both, alternate(*ksum))
 
 
+@pytest.mark.parametrize("interleave", [False, True])
+def test_layouts_of_hvx(weights: Weights, interleave: bool) -> None:
+    """Codes, scales, sums and LoRA's B have the same rows; gate and up alternate in 32."""
+
+    def rows(part: str) -> Array:
+        both = [weights.read(f"{name}.{part}") for name in "ab"]
+        return alternate(*both, 32) if interleave else np.concatenate(both)
+
+    def made(layout: str) -> Array:
+        return packed(weights, Pack(layout, ("a", "b"), interleave))
+
+    codes, scales = rows("weight"), rows("scales").astype(np.float16)
+    np.testing.assert_array_equal(unpack_hvx(made("hvx.int4")), codes)
+    pairs = made("hvx.scales").reshape(-1, K // 32, 32, 2)
+    np.testing.assert_array_equal(pairs.transpose(0, 3, 2, 1).reshape(scales.shape), scales)
+    ksum = (codes * np.repeat(scales.astype(np.float64), 32, axis=1)).sum(axis=1)
+    np.testing.assert_allclose(made("hvx.ksum"), ksum, rtol=1e-6, atol=1e-6)
+    columns = made("hvx.lora.b")
+    assert columns.shape == (2 * N // 64, 4, 64)
+    np.testing.assert_array_equal(unpack_columns(columns), rows("adaptor.B.weight"))
+
+
+def test_the_int8_layout_of_hvx(weights: Weights) -> None:
+    """Unsigned, and four columns of each of 32 rows."""
+    blocks = packed(weights, Pack("hvx.int8", ("t",)))
+    assert (blocks.dtype, blocks.shape) == (np.uint8, (N // 32, K // 4, 128))
+    words = blocks.reshape(-1, K // 4, 32, 4).transpose(0, 2, 1, 3).reshape(N, K)
+    np.testing.assert_array_equal(words.astype(np.int16) - 128, weights.read("t.weight"))
+
+
 def test_int8_layouts(weights: Weights) -> None:
     codes = weights.read("t.weight")
     blocks = packed(weights, Pack("int8.blocks", ("t",)))
@@ -167,9 +210,9 @@ def test_bfloat16_is_rounded_half_to_even() -> None:
 def test_rope_rows_rotate_pairs(weights: Weights, rng: np.random.Generator) -> None:
     """x * cosines + swapped x * sines is the rotation."""
     rows = packed(weights, Pack("rope", ("rope",)))
-    assert rows.shape == (40, 2, 64)
-    x = rng.normal(size=(40, 64))
-    swapped = x.reshape(40, 32, 2)[:, :, ::-1].reshape(40, 64)
+    assert rows.shape == (80, 2, 64)
+    x = rng.normal(size=(80, 64))
+    swapped = x.reshape(80, 32, 2)[:, :, ::-1].reshape(80, 64)
     expected = reference.rope(x[:, None], weights.read("rope.table"))[:, 0]
     np.testing.assert_allclose(x * rows[:, 0] + swapped * rows[:, 1], expected, atol=1e-12)
 
@@ -180,6 +223,8 @@ PACKS = [
     Pack("int4.scales", ("a", "b"), True),
     Pack("int4.ksum", ("a", "b"), True),
     Pack("int8.blocks", ("t",)),
+    Pack("hvx.int4", ("a", "b"), True),
+    Pack("hvx.int8", ("t",)),
     Pack("int8.wsum", ("t",)),
     Pack("bf16.blocks", ("f",)),
     Pack("lora.b", ("a", "b"), True),
@@ -226,10 +271,11 @@ def test_memory_is_that_of_a_piece(pack: Pack, monkeypatch: pytest.MonkeyPatch) 
     assert peak < 12 << 20
 
 
-def test_scales_are_checked_before_they_become_float16(weights: Weights) -> None:
+@pytest.mark.parametrize("layout", ["int4.scales", "hvx.scales"])
+def test_scales_are_checked_before_they_become_float16(weights: Weights, layout: str) -> None:
     """The check names the tensor; bfloat16 has float32's range and needs none."""
     weights.tensors["a.scales"][3, 1] = 1e6
-    pack = Pack("int4.scales", ("b", "a"))
+    pack = Pack(layout, ("b", "a"))
     with pytest.raises(ValuesInvalid, match=r"a\.scales"):
         list(Packer(weights, "float16", check_scales_fit_float16).pack(pack))
     stored = list(Packer(weights, "bfloat16", check_scales_fit_float16).pack(pack))

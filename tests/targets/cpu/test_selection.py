@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,10 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from llamac.compiler.composites import CompositeBuilder
+from llamac.compiler.config import LlamaConfig
 from llamac.runtime.errors import CoverageError
+from llamac.schedules.intrin.hexagon import HexagonHvx
+from llamac.schedules.intrin.isa import Isa
 from llamac.schedules.intrin.x86 import X86_LEVELS, X86Portable
 from llamac.schedules.kernel import work_items
 from llamac.targets.cpu.kernels import FAMILIES
@@ -63,6 +67,44 @@ def test_shapes_of_matrix_kernels(lowered: Callable[..., Any], form: str) -> Non
     assert {(s["lora_rank"], s["lora_scale"]) for s in shapes} == {(4, 2.0) if is_lora else (0, 1)}
 
 
+HVX = HexagonHvx(75, simulate=True)
+
+
+@pytest.fixture
+def wide_kv(tiny: LlamaConfig) -> LlamaConfig:
+    """Sizes with which each of q, k, v makes whole blocks of 64 rows, as LoRA on HVX needs."""
+    return replace(tiny, num_kv_heads=4)
+
+
+@pytest.mark.parametrize("form", STEPS)
+def test_kernels_of_a_dsp(lowered: Callable[..., Any], wide_kv: LlamaConfig, form: str) -> None:
+    """The same steps; products with integer weights are of HVX's families."""
+    on_hvx = {"qmatmul": "qmatmul_hvx", "qmatmul_int8": "qmatmul_int8_hvx"}
+    program = lowered(form, isa=HVX, config=wide_kv).program
+    for function in program.functions:
+        families = [program.kernels[step.kernel].family for step in function.steps]
+        assert families == [on_hvx.get(family, family) for family in STEPS[form]]
+
+
+@pytest.mark.parametrize("isa", [X86_LEVELS[0], HVX], ids=lambda isa: isa.name)
+@pytest.mark.parametrize("form", ["spinquant", "float"])
+def test_a_shared_table_is_stored_once(lowered: Callable[..., Any], form: str, isa: Isa) -> None:
+    """In the blocks of the output layer, which the embedding reads too."""
+    tensors = lowered(form, shared=True, isa=isa).program.tensors
+    tables = [t for t in tensors if t.pack is not None and t.pack.sources == ("tok_embeddings",)]
+    big = [t.pack.layout for t in tables if len(t.shape) > 1]
+    int8 = "hvx.int8" if isa is HVX else "int8.blocks"
+    assert big == [int8 if form == "spinquant" else "bf16.blocks"]
+
+
+@pytest.mark.parametrize(("form", "vocab", "rows"), [("qlora", 96, 64), ("spinquant", 80, 32)])
+def test_rows_that_make_no_block_of_hvx_are_refused(
+    lowered: Callable[..., Any], tiny: LlamaConfig, form: str, vocab: int, rows: int
+) -> None:
+    with pytest.raises(CoverageError, match=f"no multiple of {rows} rows"):
+        lowered(form, isa=HVX, config=replace(tiny, vocab_size=vocab))
+
+
 def test_layers_share_kernels(lowered: Callable[..., Any]) -> None:
     """Kernels are made for shapes: each stands once in the module, with its work."""
     model = lowered("spinquant")
@@ -79,11 +121,16 @@ def test_the_choice_of_kernels_is_the_same_for_all_levels(lowered: Callable[...,
 
 
 def test_packed_parameters_have_the_bytes_that_packing_makes(
-    lowered: Callable[..., Any], rng: np.random.Generator
+    lowered: Callable[..., Any], wide_kv: LlamaConfig, rng: np.random.Generator
 ) -> None:
     """Shape and dtype of each weight agree with what its recipe yields."""
-    for form, scale_dtype in (("qlora", "bfloat16"), ("float", "float16")):
-        model = lowered(form, scale_dtype=scale_dtype)
+    plain = X86_LEVELS[0]
+    for form, scale_dtype, isa in (
+        ("qlora", "bfloat16", plain),
+        ("float", "float16", plain),
+        ("qlora", "float16", HVX),
+    ):
+        model = lowered(form, scale_dtype=scale_dtype, isa=isa, config=wide_kv)
         weights = _RandomWeights(model.checkpoint.weights, rng)
         packer = Packer(weights, scale_dtype)
         for tensor in model.program.tensors:
