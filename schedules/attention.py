@@ -32,7 +32,7 @@ from tvm.tirx.script.builder import ir as T
 from llamac.schedules.intrin.isa import Isa, pick, vector
 from llamac.schedules.kernel import KernelBuilder, local, opaque, store
 from llamac.schedules.loop import loop, when
-from llamac.schedules.rope import BLOCK, CacheShape, CacheTensors
+from llamac.schedules.rope import BLOCK, HVX_HALF, CacheShape, CacheTensors
 
 VERSION = 1
 KNOBS: Mapping[str, tuple[int, ...]] = {
@@ -78,6 +78,7 @@ def valid(shape: AttentionShape, isa: Isa, knobs: Mapping[str, int]) -> bool:
     scores, values = knobs["score_vectors"], knobs["value_vectors"]
     return (
         shape.cache.is_valid
+        and shape.cache.hvx == (isa.lanes > BLOCK)  # vectors of keys lie in one block
         and shape.heads % shape.cache.kv_heads == 0
         and shape.cache.capacity % knobs["tile"] == 0
         and shape.tokens % knobs["queries"] == 0
@@ -120,7 +121,9 @@ def make(shape: AttentionShape, isa: Isa, *, name: str | None = None, **knobs: i
     """
     width = shape.heads * shape.cache.head_dim
     items = shape.tokens // knobs["queries"]
-    with KernelBuilder(name or _name(shape, isa), shape.cache.kv_heads * items) as b:
+    with KernelBuilder(
+        name or _name(shape, isa), shape.cache.kv_heads * items, alignment=isa.alignment
+    ) as b:
         q = b.input("q", (shape.tokens, width), "float32")
         cache = CacheTensors(b, shape.cache)
         meta = b.input("meta", (2,), "int32")
@@ -151,6 +154,7 @@ class _Item:
     ) -> None:
         self.isa, self.knobs, self.group = isa, knobs, shape.group
         self.head_dim, self.is_int8 = shape.cache.head_dim, shape.cache.dtype == "int8"
+        self.block, self.is_hvx = shape.cache.block, shape.cache.hvx
         self.q, self.cache, self.out = tensors
         self.kv_head, self.first = start
         self.tile, self.queries = knobs["tile"], knobs["queries"]
@@ -215,7 +219,11 @@ class _Item:
 
     def _cached_key(self, position: Any, d: Any, params: tuple[Any, Any] | None) -> Any:
         """Element d of the keys from `position`, one lane each."""
-        block, slot = position // BLOCK, position % BLOCK
+        block, slot = position // self.block, position % self.block
+        if self.is_hvx:
+            halves = self.isa.load(self.cache.k, self.kv_head, block, d, 0, lanes=self.block)
+            words = T.Bind(T.reinterpret(f"uint32x{HVX_HALF}", halves))
+            return T.Bind(self.isa.half_to_float32(words, slot // HVX_HALF))
         value = self.isa.to_float32(self.isa.load(self.cache.k, self.kv_head, block, d, slot))
         return T.Bind(value if params is None else self.isa.fma(value, *params))
 

@@ -88,7 +88,7 @@ def make(shape: EmbeddingShape, isa: Isa, *, name: str | None = None) -> PrimFun
     The table is int8 (or uint8 codes + 128) with scales, or bfloat16 (as uint16 bits) without.
     """
     is_int8 = shape.dtype == "int8"
-    with KernelBuilder(name or _name(shape, isa), shape.tokens) as b:
+    with KernelBuilder(name or _name(shape, isa), shape.tokens, alignment=isa.alignment) as b:
         tokens = b.input("tokens", (shape.tokens,), "int32")
         table = b.input("table", shape.table_shape, shape.table_dtype)
         scales = b.input("scales", (shape.vocab,), "float32") if is_int8 else None

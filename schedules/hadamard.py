@@ -38,8 +38,8 @@ class HadamardShape:
 
 
 def valid(shape: HadamardShape, isa: Isa, knobs: Mapping[str, int]) -> bool:
-    """Whether the length is a power of two and a pass fits the registers."""
-    power = shape.k >= 32 and shape.k & (shape.k - 1) == 0
+    """Whether the length is a power of two and of two vectors, and a pass fits the registers."""
+    power = shape.k >= max(32, 2 * isa.lanes) and shape.k & (shape.k - 1) == 0
     return power and knobs["radix"] + 4 <= isa.registers
 
 
@@ -57,7 +57,7 @@ def make(shape: HadamardShape, isa: Isa, *, radix: int, name: str | None = None)
     name = (
         name or f"hadamard{'_quantize' if shape.quantize else ''}_{shape.tokens}x{shape.k}_{level}"
     )
-    with KernelBuilder(name, shape.tokens) as b:
+    with KernelBuilder(name, shape.tokens, alignment=isa.alignment) as b:
         x = b.input("x", (shape.tokens, shape.k), "float32")
         out = QuantizedOutputs(b, isa, shape.tokens, shape.k) if shape.quantize else None
         y = b.output("y", (shape.tokens, shape.k), "float32")

@@ -45,7 +45,7 @@ def make(shape: LoraShape, isa: Isa, *, chains: int, name: str | None = None) ->
     """Build `lora_a(x f32[T, K], a bf16[R, K]) -> t f32[T, R]`; work = R, so A is read once."""
     level = isa.name.replace("-", "_")
     name = name or f"lora_a_{shape.tokens}x{shape.rank}x{shape.k}_{level}"
-    with KernelBuilder(name, shape.rank) as b:
+    with KernelBuilder(name, shape.rank, alignment=isa.alignment) as b:
         x = b.input("x", (shape.tokens, shape.k), "float32")
         a = b.input("a", (shape.rank, shape.k), "uint16")
         t = b.output("t", (shape.tokens, shape.rank), "float32")

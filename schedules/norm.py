@@ -62,7 +62,7 @@ def make(shape: RmsNormShape, isa: Isa, *, name: str | None = None) -> PrimFunc:
     `rms_norm_quantize(x, gamma) -> codes, qparams (and offsets) as in `quantize.py`, and
     y f32[T,K] after them with `shape.with_float`.
     """
-    with KernelBuilder(name or _name(shape, isa), shape.tokens) as b:
+    with KernelBuilder(name or _name(shape, isa), shape.tokens, alignment=isa.alignment) as b:
         x = b.input("x", (shape.tokens, shape.k), "float32")
         gamma = b.input("gamma", (shape.k,), "float32")
         out = QuantizedOutputs(b, isa, shape.tokens, shape.k) if shape.quantize else None

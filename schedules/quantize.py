@@ -201,7 +201,7 @@ def default(shape: QuantizeShape, isa: Isa) -> dict[str, int]:
 def make(shape: QuantizeShape, isa: Isa, *, name: str | None = None) -> PrimFunc:
     """Build `quantize(x f32[T,K]) -> codes i8, qparams f32[T,2]`, offsets i32[T,K/32] if any."""
     symbol = name or f"quantize_qai8dx_f32_{shape.tokens}x{shape.k}_{isa.suffix}"
-    with KernelBuilder(symbol, shape.tokens) as b:
+    with KernelBuilder(symbol, shape.tokens, alignment=isa.alignment) as b:
         x = b.input("x", (shape.tokens, shape.k), "float32")
         out = QuantizedOutputs(b, isa, shape.tokens, shape.k)
         with b.items() as row:

@@ -33,6 +33,7 @@ VERSION = 1
 KNOBS: Mapping[str, tuple[int, ...]] = {}
 
 BLOCK = 16  # positions of a transposed block of keys
+HVX_HALF = 32  # and of each of the halves of HVX's
 
 
 @dataclass(frozen=True)
@@ -44,26 +45,38 @@ class CacheShape:
         head_dim: 8, 16, 32, 64 or 128.
         capacity: positions, a multiple of 16.
         dtype: "float16" or "int8".
+        hvx: keys are float16 in blocks of 64 positions, p and p + 32 in one word.
     """
 
     kv_heads: int
     head_dim: int
     capacity: int
     dtype: str = "float16"
+    hvx: bool = False
+
+    @property
+    def block(self) -> int:
+        """Positions of a block of keys."""
+        return 2 * HVX_HALF if self.hvx else BLOCK
+
+    def slot(self, position: Any) -> Any:
+        """Place of a position in its block."""
+        inner = position % self.block
+        return inner % HVX_HALF * 2 + inner // HVX_HALF if self.hvx else inner
 
     @property
     def is_valid(self) -> bool:
         """Whether kernels can be made for it."""
         return (
             self.head_dim in {8, 16, 32, 64, 128}
-            and self.capacity % BLOCK == 0
-            and self.dtype in {"float16", "int8"}
+            and self.capacity % self.block == 0
+            and self.dtype in ({"float16"} if self.hvx else {"float16", "int8"})
         )
 
     @property
     def k_shape(self) -> tuple[int, int, int, int]:
         """Shape of the keys."""
-        return (self.kv_heads, self.capacity // BLOCK, self.head_dim, BLOCK)
+        return (self.kv_heads, self.capacity // self.block, self.head_dim, self.block)
 
     @property
     def v_shape(self) -> tuple[int, int, int]:
@@ -127,7 +140,9 @@ def make(shape: RopeShape, isa: Isa, *, name: str | None = None) -> PrimFunc:
     and the output q f32 [T, H D], rotated.
     """
     cache = shape.cache
-    with KernelBuilder(name or _name(shape, isa), shape.tokens * cache.kv_heads) as b:
+    with KernelBuilder(
+        name or _name(shape, isa), shape.tokens * cache.kv_heads, alignment=isa.alignment
+    ) as b:
         tensors = _Tensors(b, shape)
         with b.items() as item:
             token, kv_head = T.Bind(item // cache.kv_heads), T.Bind(item % cache.kv_heads)
@@ -221,5 +236,6 @@ class _Item:
             self.isa.store(cache.v, value, self.kv_head, self.position, j, lanes=self.lanes)
             self.isa.store(column, key, j, lanes=self.lanes)
         with loop(head_dim) as d:
-            block, slot = self.position // BLOCK, self.position % BLOCK
+            shape = self.shape.cache
+            block, slot = self.position // shape.block, shape.slot(self.position)
             store(cache.k, column[d], self.kv_head, block, d, slot)

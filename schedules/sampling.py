@@ -47,7 +47,9 @@ def default(shape: ArgmaxShape, isa: Isa) -> dict[str, int]:
 def make(shape: ArgmaxShape, isa: Isa, *, vectors: int, name: str | None = None) -> PrimFunc:
     """Build `argmax(logits f32[1,V]) -> index i32[1]`; work = 1."""
     step = vectors * isa.lanes
-    with KernelBuilder(name or f"argmax_i32_f32_{shape.vocab}_{isa.suffix}", 1) as b:
+    with KernelBuilder(
+        name or f"argmax_i32_f32_{shape.vocab}_{isa.suffix}", 1, alignment=isa.alignment
+    ) as b:
         logits = b.input("logits", (1, shape.vocab), "float32")
         index = b.output("index", (1,), "int32")
         with b.items() as item:

@@ -37,7 +37,7 @@ def default(shape: TakeRowShape, isa: Isa) -> dict[str, int]:
 def make(shape: TakeRowShape, isa: Isa, *, name: str | None = None) -> PrimFunc:
     """Build `take_row(x f32[T,K], meta i32[2]) -> y f32[1,K]`; work = 1."""
     symbol = name or f"take_row_f32_f32_{shape.tokens}x{shape.k}_{isa.suffix}"
-    with KernelBuilder(symbol, 1) as b:
+    with KernelBuilder(symbol, 1, alignment=isa.alignment) as b:
         x = b.input("x", (shape.tokens, shape.k), "float32")
         meta = b.input("meta", (2,), "int32")
         y = b.output("y", (1, shape.k), "float32")

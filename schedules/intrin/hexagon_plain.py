@@ -43,7 +43,7 @@ class HexagonPlain(Isa):
         LLVM fuse everywhere: a product that was not rounded comes out as the other neighbour of a
         tie. It was one code in a prompt of 32 tokens of the tiny model.
         """
-        return join([_rounded(lane) for lane in lanes_as_scalars(value)])
+        return join([round_scalar(lane) for lane in lanes_as_scalars(value)])
 
 
 def lanes_as_scalars(value: Any) -> list[Any]:
@@ -55,6 +55,7 @@ def lanes_as_scalars(value: Any) -> list[Any]:
     return [pick(value, [lane]) for lane in range(count)]
 
 
-def _rounded(value: Any) -> Any:
+def round_scalar(value: Any) -> Any:
+    """Round a float32 below 2^31 by the conversions of a scalar, half to even."""
     whole = intrinsic("int32", "llvm.hexagon.F2.conv.sf2w", value)
     return intrinsic("float32", "llvm.hexagon.F2.conv.w2sf", whole)

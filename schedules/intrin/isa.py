@@ -121,6 +121,10 @@ class Isa:
         value = self.load(buffer, *index)
         return self.bfloat16_to_float32(value) if dtype == "bfloat16" else self.to_float32(value)
 
+    def half_to_float32(self, words: Any, half: Any) -> Any:
+        """One float16 of each word; sets whose caches hold such words have it."""
+        raise NotImplementedError(self.name)
+
     # -- arithmetic ------------------------------------------------------------------------------
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
