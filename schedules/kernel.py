@@ -35,7 +35,14 @@ class KernelBuilder:
         mcpu: core for which LLVM schedules the kernel; "" leaves that to the instruction set.
         alignment: bytes to which all tensors are aligned, see `Isa.alignment`. Nothing checks it
             in the kernel.
+
+    Attributes:
+        begin: first item of the call, once `items` is open.
+        end: behind its last.
     """
+
+    begin: Any
+    end: Any
 
     def __init__(
         self, name: str, work: int, mcpu: str = "", alignment: int = Isa.alignment
@@ -74,8 +81,8 @@ class KernelBuilder:
         Args:
             around: opens and closes a state of the CPU in which the whole loop runs.
         """
-        begin = T.arg("begin", T.int64())
-        end = T.arg("end", T.int64())
+        self.begin = begin = T.arg("begin", T.int64())
+        self.end = end = T.arg("end", T.int64())
         T.func_attr(
             {
                 "global_symbol": self._name,

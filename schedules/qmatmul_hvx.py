@@ -85,7 +85,7 @@ def make(
     """
     symbol = name or f"qmatmul_f32_qai8dx_qsi4c32_{shape.m}x{shape.n}x{shape.k}_{isa.suffix}"
     with KernelBuilder(symbol, work(shape), alignment=isa.alignment) as b:
-        tile: _Sums | _Tile = (_Sums if sums_only else _Tile)(b, shape, isa)
+        tile: _Sums | Tile = (_Sums if sums_only else Tile)(b, shape, isa)
         with b.items() as item:
             block = T.Bind(T.Cast("int32", item))  # as wide as addresses: 16 % fewer packets
 
@@ -96,7 +96,7 @@ def make(
     return b.func
 
 
-class _Products:
+class Products:
     """The integer part: sums over a group of 32 columns."""
 
     def __init__(self, b: KernelBuilder, shape: QMatmulShape, isa: HexagonHvx) -> None:
@@ -143,7 +143,7 @@ class _Products:
         return T.Bind(T.reinterpret("int32", first)), T.Bind(T.reinterpret("int32", second))
 
 
-class _Sums(_Products):
+class _Sums(Products):
     """The integer part alone."""
 
     def __init__(self, b: KernelBuilder, shape: QMatmulShape, isa: HexagonHvx) -> None:
@@ -160,7 +160,7 @@ class _Sums(_Products):
                     self.isa.store(self._result, pair[i], *place)
 
 
-class _Tile(_Products):
+class Tile(Products):
     """The whole product: sums times scales in float32, then the epilogue."""
 
     def __init__(self, b: KernelBuilder, shape: QMatmulShape, isa: HexagonHvx) -> None:

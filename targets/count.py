@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 from llamac.runtime.errors import DeviceError, ToolchainMissing
 from llamac.targets.emulator import Emulator
@@ -38,6 +39,8 @@ class Counts:
         scalar: the rest.
     """
 
+    unit: ClassVar[str] = "instructions"
+
     load: int = 0
     store: int = 0
     dot: int = 0
@@ -51,6 +54,10 @@ class Counts:
     def total(self) -> int:
         """All instructions."""
         return sum(vars(self).values())
+
+    def details(self) -> dict[str, Any]:
+        """What JSON says beside the total."""
+        return {"by_class": vars(self)}
 
     def __add__(self, other: Counts) -> Counts:
         mine, others = vars(self), vars(other)

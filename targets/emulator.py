@@ -84,6 +84,7 @@ class Emulator:
         has_plugins: whether it loads plug-ins, which counting instructions needs.
         plugin: path of the plug-in that every program is run with, and its arguments; "" is none.
         arch: architecture of the programs that it runs.
+        packets: file into which a runner for Hexagon writes what its kernels execute; "" is none.
     """
 
     program: str
@@ -92,6 +93,7 @@ class Emulator:
     has_plugins: bool
     plugin: str = ""
     arch: str = AARCH64.name
+    packets: str = ""
 
     @property
     def description(self) -> str:
@@ -140,7 +142,9 @@ class Emulator:
             LlamacError: what RemoteModel raises.
         """
         try:
-            return RemoteModel(self.command(runner, "--serve"), os.fspath(weights), level)
+            count = ("--count", self.packets) if self.packets else ()
+            command = self.command(runner, "--serve", *count)
+            return RemoteModel(command, os.fspath(weights), level)
         except CpuUnsupported as error:
             raise CpuUnsupported(
                 error.message.replace("this CPU", f"the emulated CPU {self.cpu}"),

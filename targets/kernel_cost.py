@@ -1,6 +1,7 @@
-"""What the kernels of a compiled function cost: instructions by kernel, and per product.
+"""What the kernels of a compiled function cost, by kernel and per product.
 
-A region of `targets/count.py` is one step, because the runner marks each call of a kernel and one
+The unit is the instruction, or the packet on Hexagon. A region of `targets/count.py` or of
+`targets/packets.py` is one step, because the runner marks each call of a kernel and one
 thread does all of it. Products (multiply-accumulates) follow from the shapes in program.json.
 """
 
@@ -8,10 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from operator import add
+from typing import Any, TypeVar
 
 from llamac.targets.count import Counts
+from llamac.targets.packets import Packets
 from llamac.targets.program import Function, Program, ProgramKernel
+
+AnyCounts = TypeVar("AnyCounts", Counts, Packets)
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class KernelCost:
         name: of the kernel.
         family: that generated it.
         calls: steps that call it.
-        counts: instructions of all calls.
+        counts: of all calls.
         macs: products of all calls; 0 where they say nothing (only matrix products and attention
             have some).
     """
@@ -30,12 +36,12 @@ class KernelCost:
     name: str
     family: str
     calls: int
-    counts: Counts
+    counts: Counts | Packets
     macs: int
 
     @property
     def per_mac(self) -> float | None:
-        """Instructions per product."""
+        """Instructions or packets per product."""
         return self.counts.total / self.macs if self.macs else None
 
 
@@ -48,16 +54,18 @@ class FunctionCost:
         position: of its first token in the context.
         tokens: that it evaluated; padding is not among them, but its instructions are.
         kernels: the most expensive first.
+        unit: of their counts, "instructions" or "packets".
     """
 
     function: str
     position: int
     tokens: int
     kernels: tuple[KernelCost, ...]
+    unit: str = Counts.unit
 
     @property
-    def instructions(self) -> int:
-        """Instructions of all kernels."""
+    def total(self) -> int:
+        """Instructions or packets of all kernels."""
         return sum(kernel.counts.total for kernel in self.kernels)
 
     def to_json(self) -> dict[str, Any]:
@@ -66,8 +74,8 @@ class FunctionCost:
             "function": self.function,
             "position": self.position,
             "tokens": self.tokens,
-            "instructions": self.instructions,
-            "instructions_per_token": self.instructions / self.tokens,
+            self.unit: self.total,
+            f"{self.unit}_per_token": self.total / self.tokens,
             "kernels": [self._kernel_json(kernel) for kernel in self.kernels],
         }
 
@@ -77,17 +85,17 @@ class FunctionCost:
             "name": kernel.name,
             "family": kernel.family,
             "calls": kernel.calls,
-            "instructions": total,
-            "instructions_per_token": total / self.tokens,
-            "share": total / self.instructions,
+            self.unit: total,
+            f"{self.unit}_per_token": total / self.tokens,
+            "share": total / self.total,
             "macs_per_token": kernel.macs / self.tokens if kernel.macs else None,
-            "instructions_per_mac": kernel.per_mac,
-            "by_class": vars(kernel.counts),
+            f"{self.unit}_per_mac": kernel.per_mac,
+            **kernel.counts.details(),
         }
 
 
 def function_cost(
-    program: Program, function: Function, position: int, tokens: int, regions: Sequence[Counts]
+    program: Program, function: Function, position: int, tokens: int, regions: Sequence[AnyCounts]
 ) -> FunctionCost:
     """Add up the regions of a run by kernel.
 
@@ -98,19 +106,19 @@ def function_cost(
         tokens: valid ones.
         regions: one for each step, in order.
     """
-    steps: dict[int, list[Counts]] = {}
+    steps: dict[int, list[AnyCounts]] = {}
     for step, counts in zip(function.steps, regions, strict=True):
         steps.setdefault(step.kernel, []).append(counts)
     costs = [
         _kernel_cost(program.kernels[index], position, calls) for index, calls in steps.items()
     ]
     costs.sort(key=lambda cost: -cost.counts.total)
-    return FunctionCost(function.name, position, tokens, tuple(costs))
+    return FunctionCost(function.name, position, tokens, tuple(costs), regions[0].unit)
 
 
-def _kernel_cost(kernel: ProgramKernel, position: int, calls: Sequence[Counts]) -> KernelCost:
+def _kernel_cost(kernel: ProgramKernel, position: int, calls: Sequence[AnyCounts]) -> KernelCost:
     macs = len(calls) * macs_of(kernel, position)
-    return KernelCost(kernel.name, kernel.family, len(calls), sum(calls, Counts()), macs)
+    return KernelCost(kernel.name, kernel.family, len(calls), reduce(add, calls), macs)
 
 
 def macs_of(kernel: ProgramKernel, position: int) -> int:

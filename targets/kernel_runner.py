@@ -21,6 +21,7 @@ from tvm.tirx import PrimFunc
 from llamac.runtime.errors import DeviceError
 from llamac.schedules.intrin.isa import Isa
 from llamac.schedules.kernel import compile_kernels
+from llamac.targets.packets import Packets
 from llamac.targets.toolchain import find_toolchain, link_executable
 
 Array = NDArray[Any]
@@ -91,21 +92,6 @@ def _support_objects(folder: Path, target: str, flags: Sequence[str]) -> list[Pa
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What an emulated Hexagon executed; zeros on other processors.
-
-    Attributes:
-        packets: of up to four instructions, which start together.
-        instructions: in these packets.
-        vector_instructions: those of them that are HVX's.
-    """
-
-    packets: int
-    instructions: int
-    vector_instructions: int
-
-
-@dataclass(frozen=True)
 class KernelCall:
     """Arguments of one run: all tensors in the kernel's order, and its range of work items.
 
@@ -149,9 +135,9 @@ class KernelCall:
             offset += self._padded(tensor)
         return results
 
-    def decode_costs(self, data: bytes) -> Costs:
+    def decode_costs(self, data: bytes) -> Packets:
         """What the calls executed."""
-        return Costs(*_COSTS.unpack_from(data, sum(map(self._padded, self.tensors))))
+        return Packets(*_COSTS.unpack_from(data, sum(map(self._padded, self.tensors))))
 
     def _padded(self, tensor: Array) -> int:
         return -(-tensor.nbytes // self.alignment) * self.alignment
@@ -170,7 +156,7 @@ def run_kernel_program(command: Sequence[str], call: KernelCall) -> list[Array]:
     return call.decode(_run(command, call))
 
 
-def count_kernel_program(command: Sequence[str], call: KernelCall) -> tuple[list[Array], Costs]:
+def count_kernel_program(command: Sequence[str], call: KernelCall) -> tuple[list[Array], Packets]:
     """Run it and return the tensors and what the call executed.
 
     Raises:

@@ -46,10 +46,12 @@ examples:
 Decoding reads all weights and the KV cache once per token, so that memory bandwidth is its limit.
 It is measured between the rounds, with as many threads, because machines drift.
 Each thread count runs in a process of its own; one unmeasured round comes first.
---emulate runs a bundle for an Arm CPU under qemu-aarch64: it shows that the bundle works and which
-kernels a CPU gets. All times are then those of the emulator and say nothing about a device.
+--emulate runs a bundle for an Arm CPU under qemu-aarch64, one for a Hexagon DSP under qemu-hexagon:
+it shows that the bundle works and which kernels a CPU gets. All times are then those of the
+emulator and say nothing about a device.
 --count counts instead of measuring time, without rounds: the instructions of each kernel, exact and
-the same on every machine, for the first chunk of the prompt and the last decoded token.
+the same on every machine, for the first chunk of the prompt and the last decoded token. On Hexagon
+packets are counted, of up to four instructions each.
 """
 
 # Defaults: here, for emulated CPUs, which are much slower, and with --count.

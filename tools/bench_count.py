@@ -1,4 +1,7 @@
-"""`llamac bench --emulate --count`: instructions by kernel, and cycles that core models predict."""
+"""`llamac bench --emulate --count`: instructions by kernel, and cycles that core models predict.
+
+On Hexagon it is packets, and no model predicts cycles.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,12 @@ PREDICTED = (
 )
 
 
+COUNTED_PACKETS = (
+    "packets of kernels are counted, those of the few lines of C between them are not; a packet "
+    "takes a cycle of a thread at least, and waiting for memory is not in it"
+)
+
+
 @dataclass(frozen=True)
 class Call:
     """One run of a function: the position of its first token, and how many tokens are valid."""
@@ -50,7 +59,7 @@ def check(args: argparse.Namespace) -> None:
     if not args.emulate:
         raise UsageError(
             "--count is for --emulate",
-            cause="a plug-in of the emulator counts; processors do not tell what each kernel did",
+            cause="the emulator counts; processors do not tell what each kernel did",
             fix="add --emulate, or leave out --count",
         )
     if args.threads not in (None, (1,)) or args.profile:
@@ -63,9 +72,16 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, manifest: Manifest, emulator: Emulator) -> int:
     """Count, look at the hot loops, print."""
+    from llamac.targets.emulator import HEXAGON  # noqa: PLC0415
+
     program = read_program(args.bundle, manifest)
     level, costs = _count(args, program, emulator)
-    loops = _hot_loops(args, manifest, costs, level)
+    if emulator.arch == HEXAGON.name:
+        loops = None
+        if not args.quiet:
+            notice(COUNTED_PACKETS)
+    else:
+        loops = _hot_loops(args, manifest, costs, level)
     if args.json:
         document = {"bundle": str(args.bundle), "model": manifest.model.name, "level": level}
         print_json(document | {"emulator": emulator.description} | to_json(costs, loops))
@@ -78,7 +94,7 @@ def run(args: argparse.Namespace, manifest: Manifest, emulator: Emulator) -> int
 
 
 def to_json(costs: Sequence[FunctionCost], loops: Sequence[HotLoop] | None) -> dict[str, Any]:
-    """Return the results as JSON values; `hot_loops` is null without llvm-mca."""
+    """Return the results as JSON values; `hot_loops` is null without llvm-mca and on Hexagon."""
     return {
         "functions": [cost.to_json() for cost in costs],
         "hot_loops": None if loops is None else [loop.to_json() for loop in loops],
@@ -124,13 +140,16 @@ def _count(
     """
     from llamac.runtime import load  # noqa: PLC0415
     from llamac.targets.count import counting, read_counts  # noqa: PLC0415
+    from llamac.targets.emulator import HEXAGON  # noqa: PLC0415
     from llamac.targets.kernel_cost import function_cost  # noqa: PLC0415
+    from llamac.targets.packets import counting_packets, read_packets  # noqa: PLC0415
 
     calls = plan_calls(program, args.prompt_tokens, args.decode_tokens)
     total = sum(len(call.function.steps) for call in calls)
     with tempfile.TemporaryDirectory(prefix="llamac-count-") as folder:
         out = Path(folder) / "counts"
-        machine = counting(emulator, out)
+        is_dsp = emulator.arch == HEXAGON.name
+        machine = (counting_packets if is_dsp else counting)(emulator, out)
         with (
             progress_for(args).stage(f"count under {emulator.description}", total) as stage,
             load(args.bundle, threads=1, level=args.level, machine=machine) as model,
@@ -141,7 +160,8 @@ def _count(
             for call in calls:
                 given = tokens[call.position : call.position + call.tokens]
                 tokens += [_call(session.native, program, call, given, stage)]
-        regions = read_counts(out)  # complete, as the runner has ended
+        # Complete, as the runner has ended.
+        regions: Sequence[Any] = read_packets(out) if is_dsp else read_counts(out)
     if len(regions) != total:
         raise BundleInvalid(
             f"{args.bundle} has a runner whose kernels cannot be counted",
@@ -204,20 +224,27 @@ def _hot_loops(
 
 
 def _print_cost(name: str, cost: FunctionCost, *, plain: bool) -> None:
-    per_token = cost.instructions / cost.tokens
+    per_token = cost.total / cost.tokens
     tokens = "" if cost.function == "decode" else f" of {cost.tokens} tokens"
     at = f"{cost.function}{tokens} at position {cost.position}"
-    title = f"{name}, {at}: {per_token:,.0f} instructions per token"
-    header = ("kernel", "calls", "instructions/token", "share", "MACs/token", "instructions/MAC")
+    title = f"{name}, {at}: {per_token:,.0f} {cost.unit} per token"
+    more = ("instructions/token", "HVX/token") if cost.unit == "packets" else ()
+    products = ("MACs/token", f"{cost.unit}/MAC")
+    header = ("kernel", "calls", f"{cost.unit}/token", "share", *more, *products)
     print_rows(title, _cost_rows(cost), plain=plain, header=header)
 
 
 def _cost_rows(cost: FunctionCost) -> list[Row]:
+    from llamac.targets.packets import Packets  # noqa: PLC0415
+
     rows: list[Row] = []
     for kernel in cost.kernels:
         total = kernel.counts.total
-        per_token, share = total / cost.tokens, total / cost.instructions
+        per_token, share = total / cost.tokens, total / cost.total
         row = [kernel.name, f"{kernel.calls}", f"{per_token:,.0f}", f"{100 * share:.1f} %"]
+        if isinstance(kernel.counts, Packets):
+            parts = (kernel.counts.instructions, kernel.counts.vector_instructions)
+            row += [f"{part / cost.tokens:,.0f}" for part in parts]
         if kernel.per_mac is not None:
             row += [f"{kernel.macs / cost.tokens:,.0f}", f"{kernel.per_mac:.4f}"]
         rows.append(row)

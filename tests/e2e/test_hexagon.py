@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from llamac.runtime.manifest import Manifest, read_manifest
 from llamac.targets.emulator import ARCHITECTURES, find_emulator
 from llamac.targets.program import Program
 from llamac.targets.soc import load_soc
+from llamac.tools.cli import main
 from llamac.tools.make_synthetic import FORMS, make_synthetic
 
 pytestmark = pytest.mark.needs("qemu-hexagon")
@@ -118,6 +121,51 @@ def test_the_bundle_says_what_it_is_for(dsp_bundle: Callable[[str], Path]) -> No
     assert products == {"qmatmul_hvx", "qmatmul_int8_hvx"}
     head = (bundle / manifest.file("runner")).read_bytes()[:20]
     assert (head[4], int.from_bytes(head[18:20], "little")) == (1, EM_HEXAGON)
+
+
+def test_packets_are_counted_by_kernel(
+    dsp_bundle: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every step once, the same in every run; products use HVX and as many as there are weights."""
+
+    def count() -> list[dict[str, Any]]:
+        bundle = str(dsp_bundle("spinquant"))
+        assert main(["bench", bundle, "--emulate", "--count", "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert (document["level"], document["hot_loops"]) == ("v75-hvx-simulated", None)
+        functions: list[dict[str, Any]] = document["functions"]
+        return functions
+
+    functions = count()
+    assert [(f["function"], f["tokens"]) for f in functions] == [("decode", 1), ("prefill_32", 32)]
+    for cost in functions:
+        assert sum(k["calls"] for k in cost["kernels"]) == 45
+        assert sum(k["packets"] for k in cost["kernels"]) == cost["packets"]
+        assert cost["packets_per_token"] == cost["packets"] / cost["tokens"]
+        for k in cost["kernels"]:
+            assert k["packets"] <= k["instructions"] <= 4 * k["packets"]
+            assert (k["vector_instructions"] > 0) == ("hvx" in k["family"])
+    int4 = [k for k in functions[0]["kernels"] if k["family"] == "qmatmul_hvx"]
+    layer = 256 * 128 + 128 * 128 + 512 * 128 + 128 * 256
+    assert sum(k["macs_per_token"] for k in int4) == 4 * layer
+    assert all(0.05 < k["packets_per_mac"] < 0.5 for k in int4)
+    assert count() == functions
+
+
+def test_packets_are_shown_in_a_table(
+    dsp_bundle: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--plain", "bench", str(dsp_bundle("spinquant")), "--emulate", "--count"]
+    assert main([*arguments, "--prompt-tokens", "1"]) == 0
+    out, err = capsys.readouterr()
+    title, header, first, *_ = out.splitlines()
+    assert "v75-hvx-simulated, decode at position 1: " in title
+    assert title.endswith(" packets per token")
+    assert header.split()[2:] == (
+        "packets/token share instructions/token HVX/token MACs/token packets/MAC".split()
+    )
+    assert len(first.split()) in (7, 9)
+    assert "packets of kernels are counted" in err and "llvm-mca" not in err
 
 
 @pytest.mark.needs("readelf")

@@ -50,7 +50,7 @@ def test_regions_add_up_by_kernel() -> None:
     product, norm = cost.kernels
     assert (norm.calls, norm.counts, norm.per_mac) == (2, Counts(load=3, scalar=3), None)
     assert product.per_mac == 100 / (4 * 32 * 64)
-    assert cost.instructions == 106
+    assert cost.total == 106
     document = cost.to_json()
     assert document["function"] == "prefill_4"
     assert document["instructions_per_token"] == 106 / 3

@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "alignment.h"
+#include "hexagon_counters.h"
 #include "kernel_marks.h"
 #include "program.h"
 
@@ -60,20 +61,14 @@ static void read_exactly(void *place, size_t bytes) {
 }
 
 #if defined(__hexagon__) && defined(LLAMAC_MARK_KERNELS)
-/* qemu-hexagon counts what the thread has executed in the control registers 20 to 22, which no
- * processor has. The assembler knows no name for them: the word is `r0 = C<n>`. */
-#define EXECUTED(n)                                                        \
-  ({                                                                       \
-    register uint32_t count_ __asm__("r0");                                \
-    __asm__ volatile(".word (0x6a00c000 | (" #n " << 16))" : "=r"(count_) : : "memory"); \
-    count_;                                                                \
-  })
 static int32_t call(const TVMFFIAny *args, int32_t num_args, TVMFFIAny *result) {
-  uint32_t vectors = EXECUTED(22), instructions = EXECUTED(21), packets = EXECUTED(20);
+  uint32_t vectors = LLAMAC_EXECUTED(LLAMAC_VECTOR_INSTRUCTIONS);
+  uint32_t instructions = LLAMAC_EXECUTED(LLAMAC_INSTRUCTIONS);
+  uint32_t packets = LLAMAC_EXECUTED(LLAMAC_PACKETS);
   int32_t status = __tvm_ffi_kernel(NULL, args, num_args, result);
-  costs.packets += (uint32_t)(EXECUTED(20) - packets);
-  costs.instructions += (uint32_t)(EXECUTED(21) - instructions);
-  costs.vector_instructions += (uint32_t)(EXECUTED(22) - vectors);
+  costs.packets += (uint32_t)(LLAMAC_EXECUTED(LLAMAC_PACKETS) - packets);
+  costs.instructions += (uint32_t)(LLAMAC_EXECUTED(LLAMAC_INSTRUCTIONS) - instructions);
+  costs.vector_instructions += (uint32_t)(LLAMAC_EXECUTED(LLAMAC_VECTOR_INSTRUCTIONS) - vectors);
   return status;
 }
 #else

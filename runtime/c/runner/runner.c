@@ -16,6 +16,7 @@ static const char HELP[] =
     "  llamac-runner WEIGHTS --tokens 1,2,3 [options]\n"
     "  llamac-runner --info       what the model is, and which kernels this CPU can run\n"
     "  llamac-runner --serve      requests on standard input, for llamac on a computer\n"
+    "                             (--count F behind it: packets of each kernel, where emulated)\n"
     "\n"
     "  WEIGHTS         weights.bin of the same bundle\n"
     "  --tokens LIST   token ids of the prompt, between commas\n"
@@ -252,6 +253,10 @@ int main(int argc, char **argv) {
     return fputs(HELP, stdout) < 0 ? FAILED : 0;
   if (argc == 2 && strcmp(argv[1], "--info") == 0) return tell_info();
   if (argc == 2 && strcmp(argv[1], "--serve") == 0) return runner_serve();
+  if (argc == 4 && strcmp(argv[1], "--serve") == 0 && strcmp(argv[2], "--count") == 0) {
+    if (!runner_count_packets(argv[3])) wrong("packets cannot be counted into", argv[3]);
+    return runner_serve();
+  }
   if (argc < 2) {
     fputs(HELP, stderr);
     return WRONG_ARGUMENTS;

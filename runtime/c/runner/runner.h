@@ -15,6 +15,12 @@
  * Returns the exit code. */
 int runner_serve(void);
 
+/* ---- packets.c ---- */
+
+/* Writes what each call of a kernel executes into a file, until the program ends; false if it
+ * cannot be written or the processor does not count. */
+bool runner_count_packets(const char *path);
+
 /* ---- text.c ---- */
 
 /* The bytes of a token; they lie in the vocabulary's text. */
