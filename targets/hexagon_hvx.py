@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llamac.runtime.errors import SocInvalid
 from llamac.targets.base import Artifact, Missing
 from llamac.targets.cpu.target import CpuTarget
 from llamac.targets.soc import Level as SocLevel
+from llamac.targets.soc import SoC
 
 if TYPE_CHECKING:
     from llamac.schedules.intrin.isa import Isa
@@ -28,6 +30,17 @@ class HexagonHvx(CpuTarget):
     processor: ClassVar[str] = "hvx"
     feature_prefix: ClassVar[str] = "LLAMAC_HEXAGON_"
     emulated_by: ClassVar[str] = "qemu-hexagon"
+    known_versions: ClassVar[tuple[str, ...]] = ("v66", "v68", "v69", "v73", "v75", "v79", "v81")
+
+    def __init__(self, soc: SoC) -> None:
+        super().__init__(soc)
+        if soc.hexagon is not None and soc.hexagon.version not in self.known_versions:
+            raise SocInvalid(
+                f"{soc.name}: hexagon.version: expected one of {', '.join(self.known_versions)}, "
+                f"found {soc.hexagon.version!r}",
+                cause=f"the plug-in {self.name} has no kernels for a DSP of that version",
+                fix="correct the version in the SoC file, or leave the processor 'hvx' out",
+            )
 
     @property
     def arch(self) -> str:
