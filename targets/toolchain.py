@@ -217,7 +217,16 @@ def link_objects(
         flags += flag.removeprefix("-Wl,").split(",") if flag.startswith("-Wl,") else []
     with _version_script(exports, out) as script:
         flags += [*script, "-soname", soname, *map(str, objects), "-o", str(out)]
-        _run(zig, [*zig.command[:-1], "ld.lld", *flags], out)
+        run_zig(zig, ["ld.lld", *flags], out)
+
+
+def run_zig(zig: Toolchain, arguments: Sequence[str], out: Path) -> None:
+    """Run another of zig's tools than its C compiler, which makes `out`.
+
+    Raises:
+        BuildFailed: it reported an error.
+    """
+    _run(zig, [*zig.command[:-1], *arguments], out)
 
 
 @contextmanager
