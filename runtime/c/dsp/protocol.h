@@ -29,7 +29,8 @@ enum {
   DSP_START = 5,   /* session: makes it, with the arena and the KV cache that it was lent */
   DSP_EVAL = 6,    /* session, data: tokens -> logits if there is room for them */
   DSP_REWIND = 7,  /* session, count: position */
-  DSP_FINISH = 8   /* session */
+  DSP_FINISH = 8,  /* session: gives back what it was lent */
+  DSP_UNLOAD = 9   /* gives back the weights; no session is left */
 };
 
 typedef struct {

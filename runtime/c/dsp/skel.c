@@ -160,6 +160,9 @@ static llamac_status answer(connection *all, uint32_t method, const dsp_request 
     case DSP_FINISH:
       finish(place);
       return LLAMAC_OK;
+    case DSP_UNLOAD:
+      give_back(&all->weights);
+      return LLAMAC_OK;
     default:
       return llamac_fail(error, LLAMAC_ERROR_ARGUMENT, "no method %u", method);
   }
