@@ -40,6 +40,7 @@ SYMBOLS = {
     "libc.so": {
         "__errno": 21,
         "__sched_cpucount": 21,
+        "access": 21,
         "calloc": 21,
         "clock_gettime": 21,
         "close": 21,
@@ -81,11 +82,12 @@ SYMBOLS = {
         "strcmp": 21,
         "strerror": 21,
         "strlen": 21,
+        "strncmp": 21,
         "strrchr": 21,
         "syscall": 21,
         "vsnprintf": 21,
     },
-    # Of a bundle with graphs, which loads the libraries of another processor.
+    # Of bundles that load the libraries of another processor.
     "libdl.so": {
         "dlclose": 21,
         "dlerror": 21,

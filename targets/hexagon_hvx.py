@@ -86,11 +86,16 @@ class HexagonHvx(CpuTarget):
         return () if found.is_zig else (Missing("zig", why, "pip install ziglang"),)
 
     def link(self, sources: Sequence[Path], objects: Sequence[Path], out: Path) -> list[Artifact]:
-        """Link the static runner; there is no library, because nothing on a host could load it."""
+        """Link the static runner for the emulator, and the libraries for phones."""
+        from llamac.targets.fastrpc.bundle import link_for_phones  # noqa: PLC0415
         from llamac.targets.runner_program import RUNNER, RUNNER_ROLE, link_runner  # noqa: PLC0415
         from llamac.targets.toolchain import find_toolchain  # noqa: PLC0415
 
         runner = out / RUNNER
         runner.parent.mkdir(exist_ok=True)
-        link_runner(find_toolchain(), entry=sources[0], objects=objects, arch=ARCH, out=runner)
-        return [Artifact(RUNNER, RUNNER_ROLE)]
+        zig = find_toolchain()
+        link_runner(zig, entry=sources[0], objects=objects, arch=ARCH, out=runner)
+        phone = link_for_phones(
+            zig, entry=sources[0], objects=objects, version=self.version, out=out
+        )
+        return [Artifact(RUNNER, RUNNER_ROLE), *phone]

@@ -232,7 +232,8 @@ def _read_symbols(
     count = struct.unpack_from("<I", head, 4)[0]
     size = count * _SYMBOL.size
     table = _at_address(data, library, symbols, size, "the table of symbols")
-    undefined, exported = [], []
+    undefined: list[str] = []
+    exported: list[str] = []
     for index in range(1, count):
         name, _, _, info, _, section = _SYMBOL.unpack_from(table, index * _SYMBOL.size)
         if info >> 4 != _STB_LOCAL:

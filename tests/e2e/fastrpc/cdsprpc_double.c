@@ -184,9 +184,12 @@ int remote_handle64_invoke(uint64_t handle, uint32_t scalars, remote_argument *a
       remote_num_in(scalars), remote_num_out(scalars), arguments[0].buffer.bytes,
       arguments[1].buffer.bytes, arguments[2].buffer.bytes, arguments[3].buffer.bytes);
   if (fails("crash") && remote_method(scalars) == 6 && ++num_calls == 3) kill(dsp, SIGKILL);
-  if (fails("stale") && remote_method(scalars) == 4) /* the DSP sees what lay there before */
-    memset(shared[0].data, 0, 4096);
-  return forward(handle, scalars, arguments);
+  if (!fails("stale") || remote_method(scalars) != 4) return forward(handle, scalars, arguments);
+  char first = *(char *)shared[0].data;
+  *(char *)shared[0].data = 0; /* the DSP sees what lay there before */
+  int code = forward(handle, scalars, arguments);
+  *(char *)shared[0].data = first;
+  return code;
 }
 
 int remote_handle64_close(uint64_t handle) {
