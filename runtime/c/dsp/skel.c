@@ -31,7 +31,7 @@ typedef struct {
   slot slots[DSP_MAX_SESSIONS];
 } connection;
 
-/* ---- Memory of the application ---------------------------------------------------------------- */
+/* ---- Memory of the application --------------------------------------------------------------- */
 
 static void give_back(dsp_buffer *buffer) {
   if (buffer->base != NULL) HAP_munmap(buffer->base, (int)buffer->bytes);
@@ -76,7 +76,7 @@ static llamac_status check(connection *all, const dsp_request *request, dsp_repl
   return LLAMAC_OK;
 }
 
-/* ---- Sessions ------------------------------------------------------------------------------------ */
+/* ---- Sessions -------------------------------------------------------------------------------- */
 
 static llamac_status start(connection *all, slot *place, llamac_error *error) {
   if (place->session != NULL || all->weights.base == NULL)
@@ -106,7 +106,7 @@ static llamac_status eval(slot *place, const remote_argument *data, const remote
   return status;
 }
 
-/* ---- Calls ------------------------------------------------------------------------------------------ */
+/* ---- Calls ----------------------------------------------------------------------------------- */
 
 static void copy_name(char *to, size_t capacity, const char *from) {
   size_t length = 0;

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- Pages --------------------------------------------------------------------------------- */
+/* ---- Pages ----------------------------------------------------------------------------------- */
 
 static dsp_buffer lent[2];
 
@@ -34,7 +34,7 @@ void llamac_unmap_pages(void *pages, uint64_t bytes) {
   (void)bytes;
 }
 
-/* ---- A pool of one thread ------------------------------------------------------------------- */
+/* ---- A pool of one thread -------------------------------------------------------------------- */
 
 struct llamac_pool {
   int32_t unused;
@@ -75,7 +75,7 @@ void llamac_pool_wait_others(llamac_pool *pool, int32_t thread, uint32_t progres
 /* Nobody profiles on the DSP. */
 uint64_t llamac_now_ns(void) { return 0; }
 
-/* ---- Models -------------------------------------------------------------------------------- */
+/* ---- Models ---------------------------------------------------------------------------------- */
 
 /* skel.c keeps the only one as long as its sessions. */
 void llamac_model_retain(llamac_model *model) { (void)model; }

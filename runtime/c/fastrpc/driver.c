@@ -43,7 +43,7 @@ typedef struct {
   int domain, enable;
 } unsigned_module;
 
-/* ---- Loading ------------------------------------------------------------------------------------ */
+/* ---- Loading --------------------------------------------------------------------------------- */
 
 static driver loaded;
 static bool is_loaded;
@@ -112,7 +112,7 @@ llamac_status driver_load(driver **out, uint32_t *version, llamac_error *error) 
   return LLAMAC_OK;
 }
 
-/* ---- Opening ------------------------------------------------------------------------------------ */
+/* ---- Opening --------------------------------------------------------------------------------- */
 
 /* The path is read when the process's first session starts; what was in it stays behind ours. */
 static llamac_status set_library_path(const char *folder, llamac_error *error) {
@@ -157,7 +157,7 @@ llamac_status driver_open(driver *driver, const char *folder, uint32_t version, 
 
 void driver_close(driver *driver, uint64_t handle) { driver->close(handle); }
 
-/* ---- Memory -------------------------------------------------------------------------------------- */
+/* ---- Memory ---------------------------------------------------------------------------------- */
 
 llamac_status driver_allocate(driver *driver, uint64_t bytes, const char *what,
                               shared_buffer *out, llamac_error *error) {
@@ -192,7 +192,7 @@ void driver_free(driver *driver, shared_buffer *buffer) {
   buffer->data = NULL;
 }
 
-/* ---- Calls ---------------------------------------------------------------------------------------- */
+/* ---- Calls ----------------------------------------------------------------------------------- */
 
 llamac_status driver_call(driver *driver, uint64_t handle, uint32_t method,
                           const dsp_request *request, const void *data, uint64_t data_bytes,

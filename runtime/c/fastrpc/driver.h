@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * driver.h: the phone's FastRPC library, found at run time, and calls of our DSP library through it.
+ * driver.h: the phone's FastRPC library, found at run time, and calls of our DSP library by it.
  */
 #ifndef LLAMAC_DRIVER_H
 #define LLAMAC_DRIVER_H

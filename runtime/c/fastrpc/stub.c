@@ -41,7 +41,7 @@ struct llamac_session {
 
 uint32_t llamac_abi_version(void) { return LLAMAC_ABI_VERSION; }
 
-/* ---- Models --------------------------------------------------------------------------------------- */
+/* ---- Models ---------------------------------------------------------------------------------- */
 
 static llamac_status call(dsp_model *model, uint32_t method, const dsp_request *request,
                           const void *data, uint64_t data_bytes, void *result,
@@ -241,7 +241,7 @@ llamac_status llamac_model_info(const llamac_model *given, llamac_model_info_t *
   return LLAMAC_OK;
 }
 
-/* ---- Sessions ------------------------------------------------------------------------------------- */
+/* ---- Sessions -------------------------------------------------------------------------------- */
 
 /* Takes one of the DSP's places for sessions. */
 static llamac_status take_place(llamac_session *session, llamac_error *error) {

@@ -43,7 +43,7 @@ static int fails(const char *what) {
     fclose(log_file);                                                         \
   } while (0)
 
-/* ---- Memory ----------------------------------------------------------------------------------- */
+/* ---- Memory ---------------------------------------------------------------------------------- */
 
 void *rpcmem_alloc(int heap, uint32_t flags, int bytes) {
   LOG("alloc heap=%d flags=%u bytes=%d\n", heap, flags, bytes);
@@ -86,7 +86,7 @@ int fastrpc_munmap(int domain, int fd, void *data, size_t bytes) {
   return 0;
 }
 
-/* ---- Questions ---------------------------------------------------------------------------------- */
+/* ---- Questions ------------------------------------------------------------------------------- */
 
 int remote_handle_control(uint32_t request, void *data, uint32_t bytes) {
   uint32_t *question = data;
@@ -108,7 +108,7 @@ int remote_session_control(uint32_t request, void *data, uint32_t bytes) {
   return 0;
 }
 
-/* ---- Calls --------------------------------------------------------------------------------------- */
+/* ---- Calls ----------------------------------------------------------------------------------- */
 
 static int transfer(int file, void *data, size_t bytes, int is_write) {
   for (char *at = data; bytes > 0;) {

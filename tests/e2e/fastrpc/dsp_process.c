@@ -28,7 +28,7 @@ static void die(const char *what, const char *name) {
   exit(3);
 }
 
-/* ---- The image -------------------------------------------------------------------------------- */
+/* ---- The image ------------------------------------------------------------------------------- */
 
 static void *HAP_mmap(void *address, int bytes, int protection, int flags, int fd, long offset) {
   char path[64];
@@ -58,7 +58,7 @@ static uint32_t find_in_image(const char *name) {
   return 0;
 }
 
-/* ---- The loader --------------------------------------------------------------------------------- */
+/* ---- The loader ------------------------------------------------------------------------------ */
 
 typedef struct {
   uint8_t *base;
@@ -103,7 +103,8 @@ static library load(const char *path) {
   }
   library lib = {0};
   /* Pages of 64 KiB here; one mapping for all, so that page sizes do not matter. */
-  lib.base = mmap(NULL, end, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  int protection = PROT_READ | PROT_WRITE | PROT_EXEC;
+  lib.base = mmap(NULL, end, protection, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (lib.base == MAP_FAILED) die("no memory for", path);
   for (int i = 0; i < header->e_phnum; i++)
     if (segments[i].p_type == PT_LOAD)
@@ -133,7 +134,7 @@ static void *find(const library *lib, const char *name) {
   return NULL;
 }
 
-/* ---- Calls through pipes --------------------------------------------------------------------------- */
+/* ---- Calls through pipes --------------------------------------------------------------------- */
 
 static void receive(void *data, size_t bytes) {
   for (char *to = data; bytes > 0;) {
