@@ -161,7 +161,10 @@ def test_sessions_are_independent(phone: Phone, bundle: Path) -> None:
 def test_the_sequence_of_calls(phone: Phone, bundle: Path) -> None:
     """Unsigned before open, our folder first in the path, weights shared and checked once."""
     phone.run(bundle / "weights.bin", count=2)
-    assert phone.calls("session_control") == ["request=2 bytes=8 domain=3 enable=1"]
+    assert phone.calls("session_control") == [
+        "request=2 bytes=8 domain=3 enable=1",
+        "request=1 bytes=12 domain=3 priority=-1 stack=262144",
+    ]
     (opened,) = phone.calls("open")
     uri = f"file:///libllamac-v{VERSION}.so?{SKEL}&_modver=1.0&_dom=cdsp"
     assert opened == f"unsigned=1 uri={uri} path={bundle / 'dsp' / f'v{VERSION}'}"
@@ -200,6 +203,7 @@ def test_what_was_in_the_path_stays_behind(
         ("no-answer", "cpu-unsupported", "does not tell its version (0x14)"),
         ("no-unsigned", "cpu-unsupported", "this DSP has no unsigned processes"),
         ("unsigned", "cpu-unsupported", "refused (0x15): the DSP loads signed libraries alone"),
+        ("stack", "device", "262144 bytes of stack for the DSP's thread were refused (0x14)"),
         ("signature", "bundle-corrupt", "(0x80000481): the DSP loads signed libraries alone here"),
         ("memory", "out-of-memory", "no shared memory for"),
         ("map", "out-of-memory", "weights cannot be mapped to the DSP (0x66)"),

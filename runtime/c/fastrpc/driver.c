@@ -18,8 +18,10 @@
 
 enum { CDSP_DOMAIN = 3 };
 enum { GET_DSP_INFO = 2, ATTRIBUTE_UNSIGNED = 1, ATTRIBUTE_VERSION = 6 };
-enum { CONTROL_UNSIGNED = 2 };
+enum { THREAD_PARAMETERS = 1, CONTROL_UNSIGNED = 2 };
 enum { HEAP_SYSTEM = 25, HEAP_CACHED = 1, MAP_BY_FD = 2 };
+/* Of the DSP's thread that runs our calls; 16 KiB by default, and kernels keep buffers there. */
+enum { STACK_BYTES = 256 << 10 };
 enum { LARGEST_BUFFER = 0x7fffffff }; /* sizes are int on both sides */
 
 struct driver {
@@ -42,6 +44,10 @@ typedef struct {
 typedef struct {
   int domain, enable;
 } unsigned_module;
+
+typedef struct {
+  int domain, priority, stack_bytes;
+} thread_parameters;
 
 /* ---- Loading --------------------------------------------------------------------------------- */
 
@@ -69,8 +75,8 @@ static llamac_status find_symbols(void *library, driver *into, llamac_error *err
     void *symbol = dlsym(library, symbols[i].name);
     if (symbol == NULL)
       return llamac_fail(error, LLAMAC_ERROR_CPU,
-                         "libcdsprpc.so has no %s: this phone's FastRPC is too old. Use the CPU's "
-                         "library of the bundle",
+                         "libcdsprpc.so has no %s: this phone's FastRPC is too old. Use a "
+                         "bundle for the CPU",
                          symbols[i].name);
     memcpy(symbols[i].place, &symbol, sizeof symbol);
   }
@@ -131,25 +137,35 @@ static llamac_status set_library_path(const char *folder, llamac_error *error) {
   return llamac_fail(error, LLAMAC_ERROR_MEMORY, "ADSP_LIBRARY_PATH cannot be set");
 }
 
-llamac_status driver_open(driver *driver, const char *folder, uint32_t version, uint64_t *handle,
-                          llamac_error *error) {
-  llamac_status status = set_library_path(folder, error);
-  if (status != LLAMAC_OK) return status;
+/* An unsigned process whose threads have room for kernels; before the first call to the DSP. */
+static llamac_status prepare_process(const driver *driver, llamac_error *error) {
   int code;
-  if (ask(driver, ATTRIBUTE_UNSIGNED, &code) == 0)
+  if (ask(driver, ATTRIBUTE_UNSIGNED, &code) == 0 && code == 0)
     return llamac_fail(error, LLAMAC_ERROR_CPU,
-                       "this DSP has no unsigned processes (0x%x), and the library is not signed. "
-                       "Use the CPU's library of the bundle",
-                       (unsigned)code);
+                       "this DSP has no unsigned processes, and the library is not signed. Use a "
+                       "bundle for the CPU");
   unsigned_module request = {CDSP_DOMAIN, 1};
   code = driver->session_control(CONTROL_UNSIGNED, &request, sizeof request);
   if (code != 0)
     return llamac_fail(error, LLAMAC_ERROR_CPU, "an unsigned DSP process was refused (0x%x): %s",
                        (unsigned)code, aee_explain(code));
+  thread_parameters threads = {CDSP_DOMAIN, -1, STACK_BYTES};
+  code = driver->session_control(THREAD_PARAMETERS, &threads, sizeof threads);
+  if (code == 0) return LLAMAC_OK;
+  return llamac_fail(error, LLAMAC_ERROR_THREAD,
+                     "%d bytes of stack for the DSP's thread were refused (0x%x): %s",
+                     (int)STACK_BYTES, (unsigned)code, aee_explain(code));
+}
+
+llamac_status driver_open(driver *driver, const char *folder, uint32_t version, uint64_t *handle,
+                          llamac_error *error) {
+  llamac_status status = set_library_path(folder, error);
+  if (status == LLAMAC_OK) status = prepare_process(driver, error);
+  if (status != LLAMAC_OK) return status;
   char uri[128];
   snprintf(uri, sizeof uri,
            "file:///libllamac-v%x.so?llamac_skel_handle_invoke&_modver=1.0&_dom=cdsp", version);
-  code = driver->open(uri, handle);
+  int code = driver->open(uri, handle);
   if (code == 0) return LLAMAC_OK;
   return llamac_fail(error, LLAMAC_ERROR_IO, "libllamac-v%x.so was not opened (0x%x): %s", version,
                      (unsigned)code, aee_explain(code));

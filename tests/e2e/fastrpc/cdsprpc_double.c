@@ -101,6 +101,11 @@ int remote_handle_control(uint32_t request, void *data, uint32_t bytes) {
 
 int remote_session_control(uint32_t request, void *data, uint32_t bytes) {
   const int *values = data;
+  if (request == 1) {
+    LOG("session_control request=1 bytes=%u domain=%d priority=%d stack=%d\n", bytes, values[0],
+        values[1], values[2]);
+    return fails("stack") ? 0x14 : 0;
+  }
   LOG("session_control request=%u bytes=%u domain=%d enable=%d\n", request, bytes, values[0],
       values[1]);
   if (fails("unsigned")) return 0x15;
