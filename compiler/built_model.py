@@ -12,6 +12,7 @@ from llamac.runtime.errors import ToolchainMissing
 from llamac.runtime.library import open_library
 from llamac.targets.base import Artifact, Target
 from llamac.targets.runner_program import RUNNER_ROLE
+from llamac.targets.stand_in import built_emulation, find_stand_in
 
 if TYPE_CHECKING:
     from llamac.compiler.verify import OpenModel
@@ -23,7 +24,8 @@ def opener(
     """Return how to open what was built, and where it runs; None and why it cannot run here.
 
     On its own architecture the library is loaded, the one for this process's C library if there
-    is one for each. Elsewhere an emulator runs the runner, which has the same objects in it.
+    is one for each. Elsewhere an emulator runs the runner, which has the same objects in it. What
+    has graphs runs in its library for emulation.
 
     Args:
         target: that built it.
@@ -31,6 +33,10 @@ def opener(
         artifacts: what was built.
         weights: name of the weights.
     """
+    emulation = built_emulation(folder, artifacts)
+    if emulation is not None:
+        stand_in = find_stand_in()
+        return partial(stand_in.open_library, emulation, folder / weights), stand_in.description
     if target.arch == system.machine():
         fits = (None, system.c_library())
         for library in artifacts:

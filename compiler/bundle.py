@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamac.runtime.checks import WeightsHeader
+from llamac.runtime.digest import file_sha256, sample_sha256
 from llamac.runtime.errors import OutputError
-from llamac.runtime.manifest import MANIFEST_NAME, FileEntry, file_sha256, sample_sha256
+from llamac.runtime.manifest import MANIFEST_NAME, FileEntry
 from llamac.targets.base import Artifact
 from llamac.targets.program import Pack, ProgramTensor
 

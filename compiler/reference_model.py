@@ -8,6 +8,7 @@ and widened to float64 in blocks of rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,11 @@ class KvCache:
         keys, values = (np.concatenate(side) for side in self._sides)
         return keys, values
 
+    def last(self) -> tuple[Float64, Float64]:
+        """Return the keys and values that were stored last, as they read back, [T, Hkv, D]."""
+        keys, values = (side[-1] for side in self._sides)
+        return keys, values
+
     def _stored(self, rows: Float64) -> Float64:
         if self.dtype == "int8":
             return reference.dequantize_kv(reference.quantize_kv(rows))
@@ -60,6 +66,8 @@ class ReferenceModel:
         kv_dtype: what the bundle stores keys and values as: "float16", "float32", "int8".
         apply_r4: run the online Hadamard transform where the checkpoint asks for it. Without it
             a SpinQuant model is wrong; tests use this to see that they would notice.
+        quantize_activations: before products with int4 weights, as the checkpoint asks for it. A
+            processor that computes layers in float16 does not.
     """
 
     def __init__(
@@ -69,10 +77,12 @@ class ReferenceModel:
         scale_dtype: str = "float16",
         kv_dtype: str = "float16",
         apply_r4: bool = True,
+        quantize_activations: bool = True,
     ) -> None:
         self.checkpoint = checkpoint
         self.scale_dtype = scale_dtype
         self.kv_dtype = kv_dtype
+        self._quantize_activations = quantize_activations
         self.apply_r4 = apply_r4 and checkpoint.quant.hadamard_r4
         self._weights = checkpoint.weights
         self._names = frozenset(self._weights.names())
@@ -120,10 +130,23 @@ class ReferenceModel:
         table = rope_table(self.checkpoint.config, position + len(tokens))[position:]
         x = self._embedding(tokens)
         for layer, layer_cache in enumerate(cache):
-            prefix = f"layers.{layer}"
-            x = x + self._attention(prefix, x, table, layer_cache, position)
-            x = x + self._feed_forward(prefix, x)
+            x = self.layer(f"layers.{layer}", x, table, layer_cache, position)
         return x
+
+    def layer(
+        self, prefix: str, x: Float64, table: NDArray[np.float32], cache: KvCache, position: int
+    ) -> Float64:
+        """The residual stream [T, dim] after one layer; its new keys and values go into the cache.
+
+        Args:
+            prefix: of the layer's names, "layers.0".
+            x: the stream before it.
+            table: rows of the RoPE table for these tokens.
+            cache: of the layer, with `position` rows.
+            position: of the first token.
+        """
+        x = x + self._attention(prefix, x, table, cache, position)
+        return x + self._feed_forward(prefix, x)
 
     def _embedding(self, tokens: Sequence[int]) -> Float64:
         table = self._weights.read("tok_embeddings.weight")
@@ -173,7 +196,18 @@ class ReferenceModel:
         if scales.ndim == 1:
             return reference.qlinear_int8(x, weight, scales, rule=rule)
         stored = round_to(scales, self.scale_dtype)
+        if not self._quantize_activations:
+            return self._float_linear(name, x, weight, stored)
         return reference.qlinear_int4(x, weight, stored, self._lora(name), rule=rule)
+
+    def _float_linear(
+        self, name: str, x: Float64, weight: NDArray[np.int8], scales: NDArray[Any]
+    ) -> Float64:
+        """Apply an int4 layer to activations as they are."""
+        grouped = weight.astype(np.float64).reshape(*scales.shape, -1)
+        wide = (grouped * scales.astype(np.float64)[..., None]).reshape(weight.shape)
+        result, lora = reference.linear(x, wide), self._lora(name)
+        return result if lora is None else result + reference.lora_branch(x, lora)
 
     def _lora(self, name: str) -> reference.Lora | None:
         config = self.checkpoint.quant.lora

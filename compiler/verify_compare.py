@@ -121,6 +121,23 @@ def compare_close(
     )
 
 
+def compare_noise(what: str, value: NDArray[Any], expected: Float64, least_db: float) -> Comparison:
+    """Compare a whole tensor: its noise against its signal, which must be at least `least_db`."""
+    got = value.astype(np.float64)
+    decibels = sqnr(expected, got)
+    difference = np.nan_to_num(np.abs(got - expected), nan=LARGEST)
+    worst = np.unravel_index(int(np.argmax(difference)), difference.shape)
+    return Comparison(
+        what=what,
+        sqnr_db=decibels,
+        max_error=float(10 ** (-decibels / 20)),
+        limit=float(10 ** (-least_db / 20)),
+        worst=tuple(int(i) for i in worst),
+        value=float(got[worst]),
+        expected=float(expected[worst]),
+    )
+
+
 def compare_equal(what: str, value: NDArray[Any], expected: NDArray[Any]) -> Comparison:
     """Compare what must be equal bit for bit: integers, copies, exact products."""
     result = compare_close(what, value, expected.astype(np.float64), limit=0.0)

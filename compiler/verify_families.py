@@ -28,6 +28,7 @@ from llamac.compiler.verify_compare import (
     compare_equal,
     compare_float16,
 )
+from llamac.compiler.verify_graphs import GraphReference
 from llamac.runtime.errors import NumericsError
 from llamac.targets.cpu.packing import codes_arrangement, restore_codes
 from llamac.targets.program import ProgramKernel
@@ -52,7 +53,8 @@ class StepRun:
         producers: family of the kernel that wrote each input, "" for the function's own inputs.
         sources: layers of the checkpoint whose weights it read, of each weight operand.
         cache_before: rows of the KV cache around the chunk, by part, before the step.
-        cache: the same rows after it; [P, Hkv, D], of "k_params" and "v_params" [P, Hkv, 2].
+        cache: the same rows after it; [P, Hkv, D], of "k_params" and "v_params" [P, Hkv, 2]. Of a
+            graph, which has caches of several layers, they go by their whole names.
         outputs: arena tensors that it wrote.
     """
 
@@ -98,6 +100,13 @@ class StepReference:
             "attention": self._attention,
             "select": self._select,
             "sampling": self._sampling,
+        }
+        graphs = GraphReference(checkpoint)
+        self._families |= {
+            "append": graphs.append,
+            "convert": graphs.convert,
+            "graph": graphs.graph,
+            "positions": graphs.positions,
         }
 
     def compare(self, run: StepRun) -> list[Comparison]:

@@ -21,6 +21,7 @@ from llamac.compiler.checkpoint import Checkpoint
 from llamac.compiler.verify_compare import EXACT_DB, LARGEST
 from llamac.compiler.verify_families import StepReference, StepRun
 from llamac.runtime.backend import BackendSession
+from llamac.schedules.graph import FAMILY
 from llamac.targets.program import SPACES, Function, Pack, Program, ProgramTensor, Step
 
 Array = NDArray[Any]
@@ -158,6 +159,8 @@ class StepVerifier:
         """Names of layers of the checkpoint that no step of a function reads."""
         tensors = (self._program.tensors[i] for step in function.steps for i in step.operands)
         used = {source for t in tensors if t.pack is not None for source in t.pack.sources}
+        names = {self._program.kernels[step.kernel].name for step in function.steps}
+        used |= {n for g in self._program.graphs() if g.name in names for n in g.layers}
         needed = {_layer_of(name) for name in self._checkpoint.weights.names()}
         if self._checkpoint.shared_embedding:
             needed.discard("output")
@@ -171,7 +174,12 @@ class StepVerifier:
     ) -> OperationResult:
         """Run one step and compare what it wrote."""
         operands = [self._program.tensors[i] for i in step.operands]
-        caches = {t.name.rpartition(".")[2]: t for t in operands if t.space == "kv"}
+        is_graph = self._program.kernels[step.kernel].family == FAMILY
+        caches = {
+            t.name if is_graph else t.name.rpartition(".")[2]: t
+            for t in operands
+            if t.space == "kv"
+        }
         end = position + function.num_tokens
         count = (end // _CACHE_BLOCK + 2) * _CACHE_BLOCK
         before = {part: self._memory.cache_rows(t, count) for part, t in caches.items()}

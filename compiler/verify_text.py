@@ -134,7 +134,8 @@ def _nll(logits: Float64, token: int) -> float:
 
 def compare_text(
     session: BackendSession,
-    model: ReferenceModel,
+    decode: ReferenceModel,
+    prefill: ReferenceModel,
     tokens: Sequence[int],
     advance: Callable[[int, str], None],
 ) -> TextResult:
@@ -145,7 +146,8 @@ def compare_text(
 
     Args:
         session: of the library; its context is emptied.
-        model: the reference.
+        decode: the reference of one token at a time.
+        prefill: the reference of many at once, which another processor may compute.
         tokens: at least two.
         advance: called with (number of tokens done, what).
     """
@@ -154,7 +156,8 @@ def compare_text(
         window = list(tokens[start : start + WINDOW])
         advance(0, "reference model")
         with np.errstate(all="ignore"):  # a broken library may say anything
-            expected = model.logits(window)
+            expected = decode.logits(window)
+            last = prefill.logits(window, all_positions=False)[-1]
             session.rewind(0)
             for i, token in enumerate(window):
                 advance(1, "text")
@@ -163,5 +166,5 @@ def compare_text(
                 tally.add(expected[i], session.logits(), following)
             session.rewind(0)
             session.eval(np.array(window, np.int32))
-            tally.add(expected[-1], session.logits(), None)
-    return tally.result(len(tokens), is_float=model.checkpoint.quant.form == "float")
+            tally.add(last, session.logits(), None)
+    return tally.result(len(tokens), is_float=decode.checkpoint.quant.form == "float")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from llamac.runtime import system
+from llamac.runtime.digest import file_sha256, sample_sha256
 from llamac.runtime.errors import (
     AbiMismatch,
     BundleCorrupt,
@@ -20,7 +21,7 @@ from llamac.runtime.errors import (
     OutOfMemory,
     UsageError,
 )
-from llamac.runtime.manifest import ABI_VERSION, Manifest, file_sha256, sample_sha256
+from llamac.runtime.manifest import ABI_VERSION, Manifest
 
 __all__ = [
     "MEMORY_RESERVE_BYTES",

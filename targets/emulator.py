@@ -31,6 +31,7 @@ from llamac.runtime.errors import (
 from llamac.runtime.manifest import Manifest, read_manifest
 from llamac.runtime.remote import RemoteModel
 from llamac.targets.runner_program import RUNNER_ROLE
+from llamac.targets.stand_in import StandIn, find_stand_in
 
 CPU_VARIABLE = "QEMU_CPU"
 
@@ -235,18 +236,29 @@ def find_emulator(cpu: str | None = None, arch: str = AARCH64.name) -> Emulator:
     return Emulator(program, version, wanted, has_plugins, arch=arch)
 
 
-def emulator_for(bundle: Path, cpu: str | None = None) -> Emulator:
+def emulator_for(bundle: Path, cpu: str | None = None) -> Emulator | StandIn:
     """Find the emulator of a bundle's architecture; of AArch64 if there is none for it.
 
-    What is wrong with the bundle is said by whoever opens it.
+    A bundle with graphs needs what executes these, `stand_in.py`. What is wrong with the bundle is
+    said by whoever opens it.
 
     Raises:
-        LlamacError: what `find_emulator` raises.
+        UsageError: a CPU for a bundle with graphs.
+        LlamacError: what `find_emulator` and `find_stand_in` raise.
     """
     try:
-        arch = read_manifest(bundle).target.arch
+        manifest = read_manifest(bundle)
+        arch, graphs = manifest.target.arch, manifest.graphs
     except LlamacError:
-        arch = AARCH64.name
+        arch, graphs = AARCH64.name, ()
+    if graphs:
+        if cpu is not None:
+            raise UsageError(
+                "--cpu cannot be chosen for a bundle with graphs",
+                cause="its CPU is not emulated: code for this machine stands in for it",
+                fix="leave out --cpu",
+            )
+        return find_stand_in()
     return find_emulator(cpu, arch if arch in ARCHITECTURES else AARCH64.name)
 
 

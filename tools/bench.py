@@ -34,6 +34,7 @@ from llamac.tools.measure import Measurement, Request
 if TYPE_CHECKING:
     from llamac.runtime.manifest import Manifest
     from llamac.targets.emulator import Emulator
+    from llamac.targets.stand_in import StandIn
 
 EPILOG = """\
 examples:
@@ -129,7 +130,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _shown(args: argparse.Namespace, work: str, emulator: Emulator | None) -> Iterator[None]:
+def _shown(
+    args: argparse.Namespace, work: str, emulator: Emulator | StandIn | None
+) -> Iterator[None]:
     """Say what is measured; under an emulator, which takes long, also that it goes on."""
     if emulator is not None and not args.quiet:
         with progress_for(args).stage(f"{work} under {emulator.description}"):

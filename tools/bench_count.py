@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llamac.targets.hot_loops import HotLoop
     from llamac.targets.kernel_cost import FunctionCost
     from llamac.targets.program import Function, Program
+    from llamac.targets.stand_in import StandIn
 
 COUNTED = "instructions of kernels are counted, those of the few lines of C between them are not"
 PREDICTED = (
@@ -70,10 +71,16 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-def run(args: argparse.Namespace, manifest: Manifest, emulator: Emulator) -> int:
+def run(args: argparse.Namespace, manifest: Manifest, emulator: Emulator | StandIn) -> int:
     """Count, look at the hot loops, print."""
-    from llamac.targets.emulator import HEXAGON  # noqa: PLC0415
+    from llamac.targets.emulator import HEXAGON, Emulator  # noqa: PLC0415
 
+    if not isinstance(emulator, Emulator):
+        raise UsageError(
+            "--count cannot count a bundle with graphs",
+            cause="Qualcomm's library for x86-64 executes them, and no emulator of a processor",
+            fix="leave out --count, or compile with --processors cpu or hvx",
+        )
     program = read_program(args.bundle, manifest)
     level, costs = _count(args, program, emulator)
     if emulator.arch == HEXAGON.name:

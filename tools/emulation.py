@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from llamac.runtime.errors import UsageError
 from llamac.tools.console import notice, progress_for
@@ -15,6 +15,7 @@ from llamac.tools.console import notice, progress_for
 if TYPE_CHECKING:
     from llamac.runtime import Model
     from llamac.targets.emulator import Emulator
+    from llamac.targets.stand_in import StandIn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--emulate",
         action="store_true",
-        help="run a bundle for AArch64 under qemu-aarch64, one for Hexagon under qemu-hexagon",
+        help="run a bundle for AArch64 under qemu-aarch64, one for Hexagon under qemu-hexagon, one "
+        "with graphs on Qualcomm's library for x86-64",
     )
     parser.add_argument(
         "--cpu",
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def find(args: argparse.Namespace) -> Emulator | None:
+def find(args: argparse.Namespace) -> Emulator | StandIn | None:
     """Return the emulator that the arguments ask for, None for this machine.
 
     Raises:
@@ -52,7 +54,7 @@ def find(args: argparse.Namespace) -> Emulator | None:
     return emulator_for(args.bundle, args.cpu)
 
 
-def announce(model: Model, emulator: Emulator) -> None:
+def announce(model: Model, emulator: Emulator | StandIn) -> None:
     """Say what runs under which emulator."""
     name = model.manifest.model.name
     notice(
@@ -64,12 +66,12 @@ def announce(model: Model, emulator: Emulator) -> None:
 @contextmanager
 def evaluation_shown(model: Model, args: argparse.Namespace) -> Iterator[None]:
     """Show how many tokens are evaluated, while nothing else is printed."""
-    if args.quiet or not args.emulate:
-        yield
-        return
     from llamac.runtime.remote import RemoteModel  # noqa: PLC0415
 
-    native = cast(RemoteModel, model.native)
+    native = model.native
+    if args.quiet or not args.emulate or not isinstance(native, RemoteModel):
+        yield
+        return
     with progress_for(args).stage("evaluate the prompt") as stage:
 
         def show(count: int) -> None:

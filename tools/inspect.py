@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llamac.tools.console import Row, Subparsers, format_bytes, print_json, print_rows
 
 if TYPE_CHECKING:
-    from llamac.runtime.manifest import Manifest
+    from llamac.runtime.manifest import FunctionEntry, GraphEntry, Manifest
 
 EPILOG = """\
 examples:
@@ -67,7 +67,8 @@ def sections(manifest: Manifest) -> list[tuple[str, list[Row]]]:
         ("quantization", _rows(document["quantization"])),
         ("target", _target_rows(document["target"])),
         ("memory", [*_rows(sizes), ("all while running", format_bytes(total))]),
-        ("functions", [(f.name, _tokens_a_call(f.num_tokens)) for f in manifest.functions]),
+        ("functions", [_function_row(function) for function in manifest.functions]),
+        *((f"graph {graph.name}", _graph_rows(graph)) for graph in manifest.graphs),
         ("tokenizer", _tokenizer_rows(document["tokenizer"])),
         ("verification", _verification_rows(manifest)),
         ("files", [_file_row(name, entry) for name, entry in document["files"].items()]),
@@ -98,8 +99,28 @@ def _target_rows(target: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def _tokens_a_call(count: int) -> str:
-    return "1 token a call" if count == 1 else f"{count} tokens a call"
+def _function_row(function: FunctionEntry) -> Row:
+    count, where = function.num_tokens, f"layers on {function.processor}"
+    return (function.name, "1 token a call" if count == 1 else f"{count} tokens a call", where)
+
+
+def _graph_rows(graph: GraphEntry) -> list[Row]:
+    """What a binary says of itself; its tensors with shapes."""
+    sides = (("input", graph.inputs), ("output", graph.outputs))
+    return [
+        ("file", graph.file),
+        ("layers", f"{graph.layers[0]} to {graph.layers[-1]} of {graph.function}"),
+        ("for", f"SoC number {graph.soc_model}, v{graph.arch}"),
+        ("VTCM", format_bytes(graph.vtcm_bytes)),
+        ("optimization", str(graph.optimization)),
+        ("made by", f"QNN {graph.build_id}"),
+        ("interfaces", f"core {graph.core_api}, HTP {graph.backend_api}, {graph.blob_version}"),
+        *(
+            (side, tensor.name, f"{tensor.dtype} {list(tensor.shape)}")
+            for side, tensors in sides
+            for tensor in tensors
+        ),
+    ]
 
 
 def _tokenizer_rows(tokenizer: Mapping[str, Any]) -> list[Row]:

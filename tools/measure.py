@@ -20,6 +20,7 @@ from llamac.runtime.errors import LlamacError
 if TYPE_CHECKING:
     from llamac.runtime import Model, Session
     from llamac.targets.emulator import Emulator
+    from llamac.targets.stand_in import StandIn
 
 BANDWIDTH_SECONDS = 0.5
 SMALLEST_BUFFER, LARGEST_BUFFER = 256 << 20, 1 << 30
@@ -106,7 +107,7 @@ def measure(request: Request) -> Measurement:
     return result
 
 
-def _find_emulator(request: Request) -> Emulator | None:
+def _find_emulator(request: Request) -> Emulator | StandIn | None:
     if not request.emulate:
         return None
     from llamac.targets.emulator import emulator_for  # noqa: PLC0415

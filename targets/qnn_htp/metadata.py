@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llamac.runtime.digest import file_sha256
 from llamac.runtime.errors import BundleCorrupt, BundleInvalid
-from llamac.runtime.manifest import file_sha256
 from llamac.targets.qnn_htp.toolchain import JobFailed, find_qnn, run_job
 
 HTP_BACKEND = 6

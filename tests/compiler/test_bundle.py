@@ -26,8 +26,9 @@ from llamac.compiler.bundle import (
 from llamac.compiler.pipeline import CompileConfig, compile_bundle
 from llamac.compiler.progress import SilentProgress
 from llamac.runtime.checks import WeightsHeader
+from llamac.runtime.digest import sample_sha256
 from llamac.runtime.errors import OutputError
-from llamac.runtime.manifest import MANIFEST_NAME, sample_sha256
+from llamac.runtime.manifest import MANIFEST_NAME
 from llamac.targets.program import Pack, ProgramTensor
 
 BUILD_ID = "ab" * 32

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import llamac.runtime
 from llamac.runtime import Model, load, system
 from llamac.runtime.checks import WeightsHeader
+from llamac.runtime.digest import file_sha256, sample_sha256
 from llamac.runtime.manifest import (
     FileEntry,
     FunctionEntry,
@@ -27,8 +28,6 @@ from llamac.runtime.manifest import (
     TargetEntry,
     TokenizerEntry,
     Verification,
-    file_sha256,
-    sample_sha256,
 )
 from llamac.targets.runner_program import RUNNER, link_runner
 from llamac.targets.toolchain import find_toolchain, link_shared

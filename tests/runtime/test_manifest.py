@@ -13,13 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamac.runtime.digest import file_sha256, sample_sha256
 from llamac.runtime.errors import BundleInvalid, BundleMissing, LlamacError
 from llamac.runtime.manifest import (
     Manifest,
-    file_sha256,
     parse_manifest,
     read_manifest,
-    sample_sha256,
 )
 
 SHA = "ab" * 32

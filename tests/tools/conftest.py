@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llamac.runtime.checks import WeightsHeader
+from llamac.runtime.digest import file_sha256, sample_sha256
 from llamac.runtime.manifest import (
     FileEntry,
     FunctionEntry,
@@ -20,8 +21,6 @@ from llamac.runtime.manifest import (
     TargetEntry,
     TokenizerEntry,
     Verification,
-    file_sha256,
-    sample_sha256,
 )
 
 BUILD_ID = "ab" * 32

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llamac.runtime.digest import file_sha256
 from llamac.runtime.errors import BundleCorrupt, DeviceError, UsageError
-from llamac.runtime.manifest import file_sha256
 from llamac.targets.qnn_htp.simulator import run_binary
 
 
