@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llamac.runtime.errors import SocInvalid
-from llamac.targets.base import Artifact, Missing
+from llamac.targets.base import Artifact, Identity, Lowered, Missing, Progress
 from llamac.targets.cpu.target import CpuTarget
 from llamac.targets.soc import Level as SocLevel
 from llamac.targets.soc import SoC
@@ -85,17 +85,52 @@ class HexagonHvx(CpuTarget):
             return (Missing(what="zig", why=error.cause, fix=error.fix),)
         return () if found.is_zig else (Missing("zig", why, "pip install ziglang"),)
 
+    def build(
+        self, lowered: Lowered, identity: Identity, out: Path, progress: Progress
+    ) -> Sequence[Artifact]:
+        """Make the runner for the emulator, and the libraries for phones."""
+        return [
+            *super().build(lowered, identity, out, progress),
+            *self._phone(lowered, identity, out, progress),
+        ]
+
     def link(self, sources: Sequence[Path], objects: Sequence[Path], out: Path) -> list[Artifact]:
-        """Link the static runner for the emulator, and the libraries for phones."""
-        from llamac.targets.fastrpc.bundle import link_for_phones  # noqa: PLC0415
+        """Link the static runner for the emulator."""
         from llamac.targets.runner_program import RUNNER, RUNNER_ROLE, link_runner  # noqa: PLC0415
         from llamac.targets.toolchain import find_toolchain  # noqa: PLC0415
 
         runner = out / RUNNER
         runner.parent.mkdir(exist_ok=True)
-        zig = find_toolchain()
-        link_runner(zig, entry=sources[0], objects=objects, arch=ARCH, out=runner)
-        phone = link_for_phones(
-            zig, entry=sources[0], objects=objects, version=self.version, out=out
+        link_runner(find_toolchain(), entry=sources[0], objects=objects, arch=ARCH, out=runner)
+        return [Artifact(RUNNER, RUNNER_ROLE)]
+
+    def _phone(
+        self, lowered: Lowered, identity: Identity, out: Path, progress: Progress
+    ) -> list[Artifact]:
+        """Link the libraries for phones, whose DSP has a second level: floats of HVX.
+
+        It is no default, because no emulator executes it: whoever opens a model asks for it.
+        """
+        from llamac.schedules.intrin.hexagon import HexagonHvx as Hvx  # noqa: PLC0415
+        from llamac.targets.cpu.entry import Level, entry_source  # noqa: PLC0415
+        from llamac.targets.fastrpc.bundle import link_for_phones  # noqa: PLC0415
+        from llamac.targets.toolchain import find_toolchain  # noqa: PLC0415
+
+        work = out / "build" / "phone"
+        work.mkdir()
+        [verified] = self.isas()
+        real = Hvx(int(self.version.removeprefix("v")))
+        levels = [Level(isa.name, isa.features) for isa in (verified, real)]
+        objects = sorted(work.parent.glob("*.o"))
+        if real.target != verified.target:
+            objects += self._compile_levels(lowered, [(real, levels[1])], work, progress)
+        else:  # v66 has no floats in vectors: both are the same
+            levels = levels[:1]
+        entry = work / "entry.c"
+        source = entry_source(
+            lowered.program, identity, levels, self.feature_prefix, self.alignment
         )
-        return [Artifact(RUNNER, RUNNER_ROLE), *phone]
+        entry.write_text(source, encoding="ascii")
+        return link_for_phones(
+            find_toolchain(), entry=entry, objects=objects, version=self.version, out=out
+        )

@@ -78,16 +78,17 @@ class StandIn:
         """
         # The C library reads it when it opens graphs; a folder that the user names comes first.
         os.environ.setdefault(VARIABLE, os.fspath(self.libraries))
-        with _output_to_stderr():  # Qualcomm's library prints a line when it is loaded
+        with _without_output():  # Qualcomm's library prints a line when it is loaded
             return open_library(library, weights, level)
 
 
 @contextmanager
-def _output_to_stderr() -> Iterator[None]:
-    """Let what C code writes to standard output go to standard error."""
+def _without_output() -> Iterator[None]:
+    """Drop what C code writes to standard output, which is for the model's text."""
     sys.stdout.flush()
     kept = os.dup(1)
-    os.dup2(2, 1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
     try:
         yield
     finally:

@@ -128,7 +128,9 @@ class CpuTarget(Target):
         work = out / "build"
         work.mkdir(parents=True)
         levels = [Level(isa.name, isa.features) for isa in self.isas()]
-        objects = self._compile(lowered, levels, work, progress)
+        objects = self._compile_levels(
+            lowered, list(zip(self.isas(), levels, strict=True)), work, progress
+        )
         entry = work / "entry.c"
         source = entry_source(
             lowered.program, identity, levels, self.feature_prefix, self.alignment
@@ -160,16 +162,21 @@ class CpuTarget(Target):
         )
         return [Artifact(LIBRARY, "library")]
 
-    def _compile(
-        self, lowered: Lowered, levels: Sequence[Level], work: Path, progress: Progress
+    def _compile_levels(
+        self,
+        lowered: Lowered,
+        levels: Sequence[tuple[Isa, Level]],
+        work: Path,
+        progress: Progress,
     ) -> list[Path]:
         """Compile every kernel of a program for every level, each into an object file."""
         from llamac.targets.cpu.object_cache import compile_object  # noqa: PLC0415
 
         objects: list[Path] = []
-        total = len(levels) * len(compiled_kernels(lowered)) + 1
-        for isa, level in zip(self.isas(), levels, strict=True):
-            for name, spec in compiled_kernels(lowered).items():
+        kernels = compiled_kernels(lowered)
+        total = len(levels) * len(kernels) + 1
+        for isa, level in levels:
+            for name, spec in kernels.items():
                 progress(f"{name} for {isa.name}", len(objects), total)
                 objects.append(work / f"{len(objects)}.o")
                 compile_object(spec, isa, name + level.suffix, objects[-1])
