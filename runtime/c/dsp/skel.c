@@ -69,8 +69,8 @@ static llamac_status check(connection *all, const dsp_request *request, dsp_repl
                            llamac_error *error) {
   const dsp_buffer *buffer = find_buffer(all, request);
   if (buffer == NULL || buffer->base == NULL || request->offset > buffer->bytes ||
-      request->bytes > buffer->bytes - request->offset)
-    return llamac_fail(error, LLAMAC_ERROR_ARGUMENT, "nothing is mapped for space %u",
+      request->bytes > buffer->bytes - request->offset || request->offset % 4 != 0)
+    return llamac_fail(error, LLAMAC_ERROR_ARGUMENT, "no such bytes are mapped for space %u",
                        request->space);
   reply->checksum = dsp_checksum(buffer->base + request->offset, request->bytes);
   return LLAMAC_OK;

@@ -34,7 +34,8 @@ typedef struct {
 struct llamac_session {
   dsp_model *owner;
   dsp_request request; /* names the session */
-  shared_buffer arena, kv, logits;
+  shared_buffer arena, kv;
+  float *logits; /* [vocab]; not shared, so that FastRPC copies them and no cache is in the way */
   int32_t position, argmax;
   atomic_flag busy;
 };
@@ -260,15 +261,15 @@ static llamac_status take_place(llamac_session *session, llamac_error *error) {
 static llamac_status start(llamac_session *session, llamac_error *error) {
   dsp_model *model = session->owner;
   const dsp_info *info = &model->info;
-  uint64_t logits = (uint64_t)info->vocab_size * sizeof(float);
   dsp_reply reply;
   llamac_status status = take_place(session, error);
   if (status == LLAMAC_OK)
     status = driver_allocate(model->driver, info->arena_bytes, "arena", &session->arena, error);
   if (status == LLAMAC_OK)
     status = driver_allocate(model->driver, info->kv_bytes, "KV cache", &session->kv, error);
-  if (status == LLAMAC_OK)
-    status = driver_allocate(model->driver, logits, "logits", &session->logits, error);
+  session->logits = calloc((size_t)info->vocab_size, sizeof(float));
+  if (status == LLAMAC_OK && session->logits == NULL)
+    status = llamac_fail(error, LLAMAC_ERROR_MEMORY, "no memory for the logits");
   if (status == LLAMAC_OK)
     status = lend(model, session->request, LLAMAC_SPACE_ARENA, &session->arena, error);
   if (status == LLAMAC_OK)
@@ -313,7 +314,7 @@ void llamac_session_destroy(llamac_session *session) {
   }
   driver_free(model->driver, &session->arena);
   driver_free(model->driver, &session->kv);
-  driver_free(model->driver, &session->logits);
+  free(session->logits);
   llamac_model_release(&model->model);
   free(session);
 }
@@ -322,12 +323,12 @@ void llamac_session_destroy(llamac_session *session) {
 static llamac_status run(llamac_session *session, uint32_t method, const dsp_request *request,
                          const void *data, uint64_t bytes, llamac_error *error) {
   dsp_reply reply;
-  void *result = method == DSP_EVAL ? session->logits.data : NULL;
-  uint64_t room = method == DSP_EVAL ? session->logits.bytes : 0;
+  uint64_t logits = (uint64_t)session->owner->info.vocab_size * sizeof(float);
+  uint64_t room = method == DSP_EVAL ? logits : 0;
   if (atomic_flag_test_and_set(&session->busy))
     return llamac_fail(error, LLAMAC_ERROR_ARGUMENT, "another thread is using this session");
   llamac_status status =
-      call(session->owner, method, request, data, bytes, result, room, &reply, error);
+      call(session->owner, method, request, data, bytes, session->logits, room, &reply, error);
   session->argmax = reply.argmax;
   if (status == LLAMAC_OK) session->position = reply.position;
   atomic_flag_clear(&session->busy);
@@ -352,7 +353,7 @@ llamac_status llamac_session_rewind(llamac_session *session, int32_t position,
 }
 
 const float *llamac_session_logits(const llamac_session *session) {
-  return session != NULL && session->argmax >= 0 ? session->logits.data : NULL;
+  return session != NULL && session->argmax >= 0 ? session->logits : NULL;
 }
 
 int32_t llamac_session_argmax(const llamac_session *session) {
