@@ -23,7 +23,7 @@
 enum {
   DSP_OPEN = 0,    /* (length of the name, name) -> handle */
   DSP_CLOSE = 1,   /* handle -> */
-  DSP_INFO = 2,    /* -> dsp_info */
+  DSP_INFO = 2,    /* data: name of a level, or nothing: the best -> dsp_info */
   DSP_LEND = 3,    /* space, session, fd, bytes: memory for it, until the session or handle ends */
   DSP_CHECK = 4,   /* space, offset, data: the same bytes as they lie there -> reply.checksum */
   DSP_START = 5,   /* session: makes it, with the arena and the KV cache that it was lent */

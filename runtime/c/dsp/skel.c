@@ -114,9 +114,28 @@ static void copy_name(char *to, size_t capacity, const char *from) {
   memcpy(to, from, length);
 }
 
-static llamac_status tell(const connection *all, const remote_argument *result,
-                          llamac_error *error) {
+/* Takes the named level for all sessions to come. */
+static llamac_status choose_level(connection *all, const remote_argument *name,
+                                  llamac_error *error) {
   const llamac_program *program = all->model.program;
+  const char *wanted = name->buffer.data;
+  if (name->buffer.bytes == 0) return LLAMAC_OK;
+  if (wanted[name->buffer.bytes - 1] != '\0')
+    return llamac_fail(error, LLAMAC_ERROR_ARGUMENT, "the name of the level has no end");
+  for (uint32_t i = 0; i < program->num_levels; i++) {
+    if (strcmp(program->levels[i].name, wanted) != 0) continue;
+    all->model.level = &program->levels[i];
+    return LLAMAC_OK;
+  }
+  return llamac_fail(error, LLAMAC_ERROR_ARGUMENT, "no level named '%.40s'; the best one is %.40s",
+                     wanted, program->levels[0].name);
+}
+
+static llamac_status tell(connection *all, const remote_argument *level,
+                          const remote_argument *result, llamac_error *error) {
+  const llamac_program *program = all->model.program;
+  llamac_status status = choose_level(all, level, error);
+  if (status != LLAMAC_OK) return status;
   dsp_info info = {
       .protocol_version = DSP_PROTOCOL_VERSION,
       .abi_version = program->abi_version,
@@ -146,7 +165,7 @@ static llamac_status answer(connection *all, uint32_t method, const dsp_request 
   slot *place = &all->slots[request->session];
   switch (method) {
     case DSP_INFO:
-      return tell(all, &arguments[3], error);
+      return tell(all, &arguments[1], &arguments[3], error);
     case DSP_LEND:
       return lend(all, request, error);
     case DSP_CHECK:

@@ -126,13 +126,13 @@ static llamac_status load_weights(dsp_model *model, int file, llamac_error *erro
   return status;
 }
 
-/* Asks the DSP library which model it is. */
+/* Asks the DSP library which model it is, and for a level. */
 static llamac_status ask_info(dsp_model *model, const char *level, llamac_error *error) {
   dsp_request request = {0};
   dsp_reply reply;
   dsp_info *info = &model->info;
-  llamac_status status =
-      call(model, DSP_INFO, &request, NULL, 0, info, sizeof *info, &reply, error);
+  llamac_status status = call(model, DSP_INFO, &request, level, level ? strlen(level) + 1 : 0,
+                              info, sizeof *info, &reply, error);
   if (status != LLAMAC_OK) return status;
   if (info->protocol_version != DSP_PROTOCOL_VERSION || info->abi_version != LLAMAC_ABI_VERSION)
     return llamac_fail(error, LLAMAC_ERROR_WEIGHTS,
@@ -141,9 +141,6 @@ static llamac_status ask_info(dsp_model *model, const char *level, llamac_error 
                        info->protocol_version, info->abi_version, DSP_PROTOCOL_VERSION,
                        LLAMAC_ABI_VERSION);
   info->model_name[sizeof info->model_name - 1] = info->level[sizeof info->level - 1] = '\0';
-  if (level != NULL && strcmp(level, info->level) != 0)
-    return llamac_fail(error, LLAMAC_ERROR_ARGUMENT, "no level named '%s'; the DSP has %s", level,
-                       info->level);
   return LLAMAC_OK;
 }
 
