@@ -70,7 +70,7 @@ class Phone:
             "LD_LIBRARY_PATH": str(self.folder) if has_fastrpc else "",
         }
         # A level that QEMU executes, whatever better ones the bundle has.
-        level = f"v{version}-scalar"
+        level = f"v{version}-hvx-simulated"
         wanted = {"prompt": PROMPT, "count": COUNT, "level": level} | wanted
         command = [
             *(sys.executable, str(SOURCES / "client.py"), str(self.folder / "libmodel.so")),
@@ -129,7 +129,7 @@ def test_the_dsp_library_says_what_the_same_kernels_say_elsewhere(
 ) -> None:
     """The logits of the emulated program bit for bit, and the tokens of the CPU's bundle."""
     answer = phone.run(bundle / "weights.bin", rewind=True)
-    assert answer["level"] == f"v{VERSION}-scalar"
+    assert answer["level"] == f"v{VERSION}-hvx-simulated"
     assert answer["position"] == len(PROMPT) + COUNT
     (tokens,) = answer["tokens"]  # type: ignore[misc]
     assert answer["again"] == tokens
@@ -151,12 +151,12 @@ def test_the_dsp_library_says_what_the_same_kernels_say_elsewhere(
 def test_the_oldest_and_the_newest_dsp(
     soc: str, version: str, phone: Phone, bundle: Path, compiled: Callable[..., Path], tiny: Path
 ) -> None:
-    """The library says its version, and computes the same: scalar kernels differ in scheduling."""
+    """The library says its version, and computes the same: kernels differ in scheduling."""
     other = compiled(tiny / "spinquant", target=soc, processors=("hvx",))
     library = other / f"dsp/v{version}/libllamac-v{version}.so"
     assert read_library(library.read_bytes()).version == int(version, 16)
     answer = phone.run(other / "weights.bin", version=version)
-    assert answer["level"] == f"v{version}-scalar"
+    assert answer["level"] == f"v{version}-hvx-simulated"
     assert answer["tokens"] == phone.run(bundle / "weights.bin")["tokens"]
 
 
@@ -284,7 +284,7 @@ def test_a_damaged_dsp_library(phone: Phone, bundle: Path, copied: Callable[[Pat
     [
         ({"prompt": [1] * (CONTEXT + 1)}, "context-full", "do not fit into a context of 512"),
         ({"prompt": [1, -7]}, "usage", "token 1 is -7, not 0 to 1023"),
-        ({"level": "v99"}, "usage", "no level named 'v99'; the best one is v75-scalar"),
+        ({"level": "v99"}, "usage", "no level named 'v99'; the best one is v75-hvx-simulated"),
     ],
 )
 def test_what_the_dsp_refuses(
