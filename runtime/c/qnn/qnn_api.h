@@ -128,7 +128,7 @@ typedef qnn_code (*qnn_system_providers)(const qnn_system ***providers, uint32_t
 
 /* ---- libQnnHtp ------------------------------------------------------------------------------ */
 
-enum { QNN_LOG_DEBUG = 5 };
+enum { QNN_LOG_ERROR = 1, QNN_LOG_DEBUG = 5 };
 
 typedef void (*qnn_log_callback)(const char *format, uint32_t level, uint64_t time, va_list values);
 

@@ -25,7 +25,7 @@ static const struct {
     {4000, "this machine has no HTP that the library knows"},
     {5000, "not a context binary that this library can read"},
     {5004, "the binary's format is newer or older than the library"},
-    {5005, "damaged, or made for another SoC"},
+    {5005, "damaged, made for another SoC, or not enough memory"}, /* seen here: 1st and 3rd */
     {5008, "the binary was made for another configuration of the SoC"},
     {6002, "no such graph in the binary"},
     {14001, "the DSP cannot be opened: check its libraries (*Skel.so) and ADSP_LIBRARY_PATH"},
@@ -154,14 +154,21 @@ static void print_log(const char *format, uint32_t level, uint64_t time, va_list
   (void)time;
   char line[512];
   vsnprintf(line, sizeof line, format, values);
+  line[strcspn(line, "\n")] = '\0';
   fprintf(stderr, "qnn %u: %s\n", level, line);
+}
+
+/* Without a callback QNN prints errors to standard output. */
+static void drop_log(const char *format, uint32_t level, uint64_t time, va_list values) {
+  (void)format, (void)level, (void)time, (void)values;
 }
 
 llamac_status llamac_qnn_library_start(llamac_qnn_library *library, llamac_error *error) {
   const char *wanted = getenv("LLAMAC_QNN_LOG");
-  if (wanted != NULL && strcmp(wanted, "1") == 0 &&
-      library->htp->log_create(print_log, QNN_LOG_DEBUG, &library->log) != 0)
-    library->log = NULL; /* a log is no reason to fail */
+  bool print = wanted != NULL && strcmp(wanted, "1") == 0;
+  if (library->htp->log_create(print ? print_log : drop_log, print ? QNN_LOG_DEBUG : QNN_LOG_ERROR,
+                               &library->log) != 0)
+    library->log = NULL; /* no reason to fail */
   qnn_code code = library->htp->backend_create(library->log, NULL, &library->backend);
   if (code == 0) return LLAMAC_OK;
   library->backend = NULL;
