@@ -175,10 +175,11 @@ def pair_keys(keys):
 
 
 @needs_qemu
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("position", [0, 31, 32, 95, 120])
-def test_rope_and_attention(run_kernel, position):
+def test_rope_and_attention(run_kernel, tokens, position):
     """RoPE writes a position where attention looks for it."""
-    heads, kv_heads, size, capacity, tokens = 4, 2, 64, 128, 2
+    heads, kv_heads, size, capacity = 4, 2, 64, 128
     cache = CacheShape(kv_heads, size, capacity, hvx=True)
     rng = np.random.default_rng(position)
     angles = rng.uniform(0, 6.3, (capacity, size // 2))
@@ -214,6 +215,7 @@ def test_rope_and_attention(run_kernel, position):
 CACHE = CacheShape(8, 64, 512, hvx=True)
 SPECS = {
     "attention": KernelSpec("kernel", "attention", AttentionShape(1, 32, CACHE)),
+    "attention of a chunk": KernelSpec("kernel", "attention", AttentionShape(8, 32, CACHE)),
     "embedding": KernelSpec("kernel", "embedding", EmbeddingShape(1, 2048, 2048)),
     "hadamard": KernelSpec("kernel", "hadamard", HadamardShape(1, 8192)),
     "lora": KernelSpec("kernel", "lora", LoraShape(1, 16, 2048)),
@@ -238,7 +240,7 @@ KNOWN_CALLS = {
 }
 MOVE_ONLY = {"select"}
 # Scratch on the stack is at multiples of 16 bytes.
-HAS_SCRATCH = {"attention"}
+HAS_SCRATCH = {"attention", "attention of a chunk"}
 REAL = [isa for isa in HEXAGON_VERSIONS if isa.version >= 68]
 
 
