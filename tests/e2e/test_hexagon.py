@@ -84,6 +84,18 @@ def test_every_operation_equals_the_reference(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("soc", "version"), [("sm8350", "v68"), ("sm8850", "v81")])
+def test_bundles_of_the_oldest_and_the_newest_dsp(
+    soc: str, version: str, compiled: Callable[..., Path], tiny: Path
+) -> None:
+    """Compiled for their versions, with instructions that the emulated v67 has as well."""
+    bundle = compiled(tiny / "spinquant", target=soc, processors=("hvx",), verify=False)
+    report = verify_bundle(bundle, tiny / "spinquant", machine=find_emulator(arch="hexagon"))
+    assert report.level == f"{version}-hvx-simulated"
+    assert report.passed, report.failures
+
+
+@pytest.mark.slow
 def test_a_layer_of_the_1b_shape_equals_the_reference(tmp_path: Path) -> None:
     """With a small vocabulary: every step of decode and of a chunk of 8."""
     model = tmp_path / "one-layer"
