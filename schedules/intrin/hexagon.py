@@ -73,10 +73,15 @@ class HexagonHvx(Isa):
         self.name = f"v{version}-hvx{'-simulated' if simulate else ''}"
         self.target = target_of(version, simulate=simulate)
 
+    @property
+    def scalar(self) -> Isa:
+        """Without HVX: four lanes."""
+        return HexagonPlain(f"v{self.version}")
+
     def for_family(self, family: str) -> Isa:
         """This set for kernels that profit from HVX; the others are scalar."""
         is_vector = family in HVX_FAMILIES if self.simulate else family not in PLAIN_FAMILIES
-        return self if is_vector else HexagonPlain(f"v{self.version}")
+        return self if is_vector else self.scalar
 
     def dot_word_u8s8(self, acc: Any, vector: Any, word: Any) -> Any:
         """acc[i] += sum of 4 products of uint8 lanes 4i .. 4i+3 with the int8 bytes of a word.

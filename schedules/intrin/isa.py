@@ -61,6 +61,11 @@ class Isa:
         """The same instructions, scheduled by LLVM for a core; most sets know one schedule."""
         return self
 
+    @property
+    def scalar(self) -> Isa | None:
+        """The set for kernels whose tensors do not fit its vectors, None: all of them fit."""
+        return None
+
     def for_family(self, family: str) -> Isa:
         """The instruction set of a level's kernels of a family; most levels are one set."""
         return self

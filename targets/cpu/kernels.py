@@ -65,9 +65,20 @@ class KernelSpec:
 
     def make(self, isa: Isa, name: str | None = None) -> PrimFunc:
         """Build the kernel for a level, with the family's default knobs."""
-        isa, family = isa.for_family(self.family), FAMILIES[self.family]
+        isa, family = self.isa_of(isa), FAMILIES[self.family]
         knobs = family.default(self.shape, isa)
         return family.make(self.shape, isa, **knobs, name=name or self.name)
+
+    def isa_of(self, level: Isa) -> Isa:
+        """The instruction set that a level computes it with: scalar where its vectors do not fit.
+
+        A tensor has one layout for all levels of a library, and it may not be that of a vector.
+        """
+        isa, family = level.for_family(self.family), FAMILIES[self.family]
+        if isa.scalar is not None:
+            if not family.valid(self.shape, isa, family.default(self.shape, isa)):
+                return isa.scalar
+        return isa
 
     def shape_fields(self) -> dict[str, Any]:
         """The shape as plain data."""

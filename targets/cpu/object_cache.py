@@ -33,7 +33,7 @@ def compile_object(spec: KernelSpec, isa: Isa, symbol: str, out: Path) -> bool:
     Returns:
         Whether it came from the cache.
     """
-    isa = isa.for_family(spec.family)
+    isa = spec.isa_of(isa)
     cached = None if os.environ.get(SWITCH) == "0" else _place(spec, isa, symbol)
     if cached is not None and cached.is_file():
         shutil.copyfile(cached, out)

@@ -40,6 +40,7 @@ SOURCES = [HERE / "qnn_harness.c", *sorted((SUPPORT / "qnn").glob("*.c")), SUPPO
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 CAPACITY = 32
 MISSING = "LLAMAC_QNN_LIBRARIES"
+LIBRARIES = find_qnn().folder
 
 Float16 = NDArray[np.float16]
 
@@ -108,7 +109,7 @@ def run(harness: Path, tmp_path: Path) -> Run:
     def call(
         graphs: Sequence[Graph],
         *,
-        libraries: Path | None = find_qnn().folder,
+        libraries: Path | None = LIBRARIES,
         calls: int = 1,
         threads: int = 1,
         command: Sequence[Path | str] = (harness,),
@@ -127,8 +128,7 @@ def run(harness: Path, tmp_path: Path) -> Run:
         done = subprocess.run(
             [*map(str, command), *map(str, arguments)],
             env=clean | where | variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             check=False,
             preexec_fn=_limit(memory) if memory else None,
