@@ -16,7 +16,16 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from llamac.runtime.errors import BundleInvalid, BundleMissing
-from llamac.runtime.schema import AtLeast, Matches, SchemaError, decode
+from llamac.runtime.graph_entry import GraphEntry, GraphTensorEntry
+from llamac.runtime.schema import (
+    AtLeast,
+    Count,
+    Matches,
+    Name,
+    NotNegative,
+    SchemaError,
+    decode,
+)
 
 __all__ = [
     "ABI_VERSION",
@@ -49,11 +58,8 @@ MANIFEST_NAME = "manifest.json"
 
 _MAX_MANIFEST_BYTES = 16 << 20
 
-Count = Annotated[int, AtLeast(1)]
-NotNegative = Annotated[int, AtLeast(0)]
 Positive = Annotated[float, AtLeast(1e-30)]
 Sha256 = Annotated[str, Matches("[0-9a-f]{64}")]
-Name = Annotated[str, Matches(".+")]
 Flavour = Annotated[str, Matches("[a-z0-9]+")]
 
 
@@ -157,48 +163,11 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class FunctionEntry:
-    """One compiled function: it evaluates `num_tokens` tokens in one call.
-
-    `processor` computes its layers.
-    """
+    """One compiled function: `num_tokens` tokens in one call, layers on `processor`."""
 
     name: Name
     num_tokens: Count
     processor: Name = "cpu"
-
-
-@dataclass(frozen=True)
-class GraphTensorEntry:
-    """A tensor at the edge of a graph; `dtype` is a word of numpy's."""
-
-    name: Name
-    shape: tuple[Count, ...]
-    dtype: Name
-
-
-@dataclass(frozen=True)
-class GraphEntry:
-    """Layers of a function that a vendor's compiler has compiled, as its binary says of itself.
-
-    `layers` are their numbers, `soc_model` is the vendor's number of the SoC, `arch` the version
-    of the processor (75 is v75), `build_id` and the other versions those of the vendor's libraries.
-    """
-
-    name: Name
-    graph: Name
-    function: Name
-    layers: tuple[NotNegative, ...]
-    file: Name
-    soc_model: NotNegative
-    arch: NotNegative
-    vtcm_bytes: NotNegative
-    optimization: NotNegative
-    build_id: Name
-    core_api: str
-    backend_api: str
-    blob_version: str
-    inputs: tuple[GraphTensorEntry, ...]
-    outputs: tuple[GraphTensorEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -279,6 +248,9 @@ class Manifest:
             for name in ("sample_sha256", "flavour", "note"):
                 if not entry[name]:
                     del entry[name]
+        for function in result["functions"]:
+            if function["processor"] == "cpu":
+                del function["processor"]
         if not result["graphs"]:
             del result["graphs"]
         return result

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["AtLeast", "Matches", "SchemaError", "decode"]
+__all__ = ["AtLeast", "Count", "Matches", "Name", "NotNegative", "SchemaError", "decode"]
 
 T = TypeVar("T")
 _INT_LIMIT = 2**63
@@ -59,6 +59,11 @@ class Matches:
         """Raise SchemaError if `value` does not match."""
         if not re.fullmatch(self.pattern, value):
             raise SchemaError(where, f"is {value!r}, which is not of the form {self.pattern}")
+
+
+Count = Annotated[int, AtLeast(1)]
+NotNegative = Annotated[int, AtLeast(0)]
+Name = Annotated[str, Matches(".+")]
 
 
 def decode(kind: type[T], value: object) -> T:

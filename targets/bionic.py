@@ -44,7 +44,6 @@ SYMBOLS = {
         "calloc": 21,
         "clock_gettime": 21,
         "close": 21,
-        "fprintf": 21,
         "free": 21,
         "fstat": 21,
         "getauxval": 21,
@@ -78,7 +77,6 @@ SYMBOLS = {
         "sigfillset": 21,
         "snprintf": 21,
         "sscanf": 21,
-        "stderr": 23,
         "strcmp": 21,
         "strerror": 21,
         "strlen": 21,
@@ -86,6 +84,7 @@ SYMBOLS = {
         "strrchr": 21,
         "syscall": 21,
         "vsnprintf": 21,
+        "write": 21,
     },
     # Of bundles that load the libraries of another processor.
     "libdl.so": {

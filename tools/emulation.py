@@ -66,10 +66,13 @@ def announce(model: Model, emulator: Emulator | StandIn) -> None:
 @contextmanager
 def evaluation_shown(model: Model, args: argparse.Namespace) -> Iterator[None]:
     """Show how many tokens are evaluated, while nothing else is printed."""
+    if args.quiet or not args.emulate:
+        yield
+        return
     from llamac.runtime.remote import RemoteModel  # noqa: PLC0415
 
     native = model.native
-    if args.quiet or not args.emulate or not isinstance(native, RemoteModel):
+    if not isinstance(native, RemoteModel):  # this process: it is not slow
         yield
         return
     with progress_for(args).stage("evaluate the prompt") as stage:

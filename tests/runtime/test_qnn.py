@@ -209,9 +209,6 @@ def _refused(outcome: Outcome, *parts: str) -> None:
     assert len(message) < 255, "llamac_error.message would be cut off"
 
 
-# ---- Computing ----
-
-
 def test_layers_compute_what_the_simulator_computes(run: Run, graphs: list[Graph]) -> None:
     """Bit for bit, two binaries, in every call and thread; nothing is printed."""
     outcome = run(graphs, calls=3, threads=2)
@@ -346,9 +343,6 @@ def test_graphs_that_differ_from_the_table(run: Run, graphs: list[Graph]) -> Non
 def test_no_memory(run: Run, graphs: list[Graph]) -> None:
     """QNN says the same as of a damaged binary, so the message says so, too."""
     _refused(run(graphs, memory=300 << 20), "0x138d", "not enough memory")
-
-
-# ---- Calls ----
 
 
 def test_operands_of_another_dtype(run: Run, graphs: list[Graph]) -> None:

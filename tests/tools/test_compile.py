@@ -49,6 +49,7 @@ def test_compile_passes_its_defaults(compiler: Compiler) -> None:
         "target": "host",
         "out": Path("out"),
         "processors": ("cpu",),
+        "placement": {},
         "context_length": None,
         "chunks": (128, 32, 8),
         "scale_dtype": "float16",
@@ -67,8 +68,9 @@ def test_compile_passes_its_defaults(compiler: Compiler) -> None:
 def test_compile_passes_its_options(compiler: Compiler, tmp_path: Path) -> None:
     """Every option reaches the configuration."""
     options = (
-        "--processors htp,cpu --context 4096 --chunks 64,8 --scales bfloat16 --kv-cache int8 "
-        "--rope-factor 32 --tokenizer t.model --name n --no-verify --verify-text v.txt --dump ir "
+        "--processors htp,cpu --place prefill=htp --context 4096 --chunks 64,8 --scales bfloat16 "
+        "--kv-cache int8 --rope-factor 32 --tokenizer t.model --name n --no-verify "
+        "--verify-text v.txt --dump ir "
         f"--force --threads 1 --report {tmp_path / 'report.json'}"
     )
     assert main(["compile", "model", "--target", "sm8650", "-o", "out", *options.split()]) == 0
@@ -78,6 +80,7 @@ def test_compile_passes_its_options(compiler: Compiler, tmp_path: Path) -> None:
         "target": "sm8650",
         "out": Path("out"),
         "processors": ("htp", "cpu"),
+        "placement": {"prefill": "htp"},
         "context_length": 4096,
         "chunks": (64, 8),
         "scale_dtype": "bfloat16",

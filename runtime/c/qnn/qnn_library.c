@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static const char FOLDER_VARIABLE[] = "LLAMAC_QNN_LIBRARIES";
 
@@ -152,10 +153,10 @@ llamac_status llamac_qnn_library_check(const llamac_qnn_library *library,
 
 static void print_log(const char *format, uint32_t level, uint64_t time, va_list values) {
   (void)time;
-  char line[512];
-  vsnprintf(line, sizeof line, format, values);
-  line[strcspn(line, "\n")] = '\0';
-  fprintf(stderr, "qnn %u: %s\n", level, line);
+  char text[480], line[512];
+  vsnprintf(text, sizeof text, format, values);
+  int length = snprintf(line, sizeof line, "qnn %u: %s\n", level, text);
+  if (write(STDERR_FILENO, line, (size_t)length) < 0) return; /* a log is no reason to fail */
 }
 
 /* Without a callback QNN prints errors to standard output. */
