@@ -1,6 +1,7 @@
 # Everything a contributor runs. `make` alone prints this list.
 #
 # Without LLAMAC_PYTHON the first target that needs Python makes .venv/ and installs llamac into it.
+# LLAMAC_EXTRAS=compiler,dev,qnn adds Qualcomm's compiler for HTP, under Qualcomm's licence.
 # With LLAMAC_PYTHON=/path/to/python that interpreter is used as it is (llamac[compiler,dev] installed).
 
 SHELL := bash
@@ -14,6 +15,7 @@ else
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 endif
+LLAMAC_EXTRAS ?= compiler,dev
 LLAMAC := $(dir $(PYTHON))llamac
 
 # What `make devices` fetches; tests look here.
@@ -33,7 +35,7 @@ help: ## Show this list
 
 .venv/.installed: pyproject.toml
 	python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[compiler,dev]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$(LLAMAC_EXTRAS)]'
 	touch $@
 
 .PHONY: install

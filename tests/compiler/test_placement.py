@@ -1,0 +1,83 @@
+"""Which processors go together, and who computes which function."""
+
+from __future__ import annotations
+
+import pytest
+
+from llamac.compiler import placement
+from llamac.compiler.placement import Placement, place_processors
+from llamac.runtime.errors import TargetUnknown, UsageError
+from llamac.targets.arm_cpu import ArmCpu
+from llamac.targets.hexagon_hvx import HexagonHvx
+from llamac.targets.qnn_htp.plugin import QnnHtp
+from llamac.targets.soc import load_soc
+
+SOC = "sm8650"
+DTYPES = {"--scales": "float16", "--kv-cache": "float16"}
+CLASSES = {"arm-cpu": ArmCpu, "hexagon-hvx": HexagonHvx, "qnn-htp": QnnHtp}
+
+
+@pytest.fixture(autouse=True)
+def without_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plug-ins are made without asking whether their tools are installed."""
+    monkeypatch.setattr(placement, "make_target", lambda name, soc: CLASSES[name](soc))
+
+
+def place(*processors: str, **wanted: str) -> Placement:
+    return place_processors(SOC, processors, wanted, DTYPES)
+
+
+def test_one_processor_has_everything() -> None:
+    for kind, plugin in (("cpu", "arm-cpu"), ("hvx", "hexagon-hvx")):
+        placed = place(kind)
+        assert (placed.target.name, placed.accelerator) == (plugin, None)
+        assert placed.offloaded((128, 8)) == []
+        assert placed.processor_of("decode") == kind
+
+
+@pytest.mark.parametrize("processors", [("cpu", "htp"), ("htp", "cpu")])
+def test_an_accelerator_has_all_layers_unless_told_otherwise(processors: tuple[str, ...]) -> None:
+    placed = place(*processors)
+    assert (placed.target.name, placed.accelerator.name) == ("arm-cpu", "qnn-htp")
+    assert placed.offloaded((128, 8)) == ["prefill_128", "prefill_8", "decode"]
+    assert placed.processor_of("prefill_8") == "htp"
+
+
+def test_phases_are_placed_one_by_one() -> None:
+    placed = place("cpu", "htp", decode="cpu")
+    assert placed.offloaded((128, 8)) == ["prefill_128", "prefill_8"]
+    assert placed.processor_of("decode") == "cpu"
+    assert place("cpu", "htp", prefill="cpu", decode="htp").offloaded((128,)) == ["decode"]
+
+
+@pytest.mark.parametrize(
+    ("processors", "wanted", "error", "words"),
+    [
+        (("apu",), {}, TargetUnknown, "no processor 'apu'"),
+        (("htp",), {}, TargetUnknown, "htp computes layers only"),
+        (("cpu", "hvx"), {}, TargetUnknown, "no model for cpu, hvx"),
+        (("hvx", "htp"), {}, TargetUnknown, "no model for hvx, htp"),
+        ((), {}, TargetUnknown, "no model for none"),
+        (("cpu", "htp"), {"decode": "hvx"}, UsageError, "--place decode=hvx"),
+        (("cpu", "htp"), {"sampling": "cpu"}, UsageError, "--place sampling=cpu"),
+        (("cpu",), {"decode": "htp"}, UsageError, "--place decode=htp"),
+        (("cpu", "htp"), {"prefill": "cpu", "decode": "cpu"}, UsageError, "nothing for htp"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    processors: tuple[str, ...], wanted: dict[str, str], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        place(*processors, **wanted)
+
+
+def test_all_processors_must_know_the_dtypes() -> None:
+    with pytest.raises(UsageError, match="--kv-cache int8 is not known to qnn-htp"):
+        place_processors(SOC, ("cpu", "htp"), {}, DTYPES | {"--kv-cache": "int8"})
+
+
+def test_an_accelerator_has_no_kernels() -> None:
+    target = QnnHtp(load_soc(SOC))
+    assert target.is_accelerator and not ArmCpu(load_soc(SOC)).is_accelerator
+    with pytest.raises(NotImplementedError):
+        ArmCpu(load_soc(SOC)).offload(None, (), None, None, None)

@@ -1,0 +1,91 @@
+"""What surrounds a graph: conversion, positions and the append to the cache, exact to the bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llamac.schedules import append, convert, graph, positions
+from llamac.schedules.append import AppendShape
+from llamac.schedules.convert import ConvertShape
+from llamac.schedules.graph import GraphShape, GraphTensor
+from llamac.schedules.kernel import num_outputs, work_items
+from llamac.schedules.positions import MASKED, PositionsShape
+from llamac.schedules.rope import CacheShape
+from llamac.targets.cpu.entry_graphs import graph_index, graph_source
+
+RNG = np.random.default_rng
+
+
+def test_floats_become_halves_and_back(isa, run_kernel):
+    """Half to even, subnormals, and beyond the range infinity."""
+    x = RNG(0).normal(size=(3, 64)).astype(np.float32)
+    x[0, :6] = [0.0, -0.0, 2.0**-24, 3 * 2.0**-25, 65504.0, 1e6]
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float16)
+    [half] = run_kernel(convert.make(ConvertShape(3, 64, "float16"), isa), isa, x)
+    assert half.shape == (1, 3, 64) and half.tobytes() == expected.tobytes()
+    [wide] = run_kernel(convert.make(ConvertShape(3, 64, "float32"), isa), isa, half)
+    assert wide.tobytes() == expected.astype(np.float32).tobytes()
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(1, 0), (1, 37), (8, 13), (5, 59)])
+def test_positions(isa, run_kernel, tokens, first):
+    """The rows of the table from the first position, and who sees whom."""
+    shape = PositionsShape(tokens, 80, 16, 64)
+    angles = RNG(1).uniform(0, 6.3, (80, 8))
+    cos, sin = (np.repeat(f(angles), 2, -1).astype(np.float32) for f in (np.cos, np.sin))
+    sin[:, 0::2] *= -1
+    table = np.stack([cos, sin], 1)
+    meta = np.array([first, tokens - 1], np.int32)
+    got = run_kernel(positions.make(shape, isa), isa, table, meta)
+    here = slice(first, first + tokens)
+    assert got[0][:, 0, :, 0].tobytes() == cos[here, 1::2].astype(np.float16).tobytes()
+    assert got[1][:, 0, :, 0].tobytes() == sin[here, 1::2].astype(np.float16).tobytes()
+    for token, row in enumerate(got[2]):
+        seen = {*range(first), *range(64, 64 + token + 1)}
+        assert set(np.flatnonzero(row == 0)) == seen
+        assert set(row[row != 0]) <= {np.float16(MASKED)}
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(1, 31), (7, 12), (16, 48)])
+def test_append(isa, run_kernel, tokens, first):
+    """New rows, in blocks of keys and in rows of values; nothing else changes."""
+    cache = CacheShape(2, 32, 64)
+    bits = RNG(2).integers(0, 2**16, (2, 2, tokens, 32)).astype(np.uint16)
+    k_new, v_new = bits.view(np.float16)
+    k = np.full(cache.k_shape, 7, np.float16)
+    v = np.full(cache.v_shape, 7, np.float16)
+    meta = np.array([first, tokens - 1], np.int32)
+    func = append.make(AppendShape(tokens, cache), isa)
+    assert (num_outputs(func), work_items(func)) == (0, 2)
+    run_kernel(func, isa, k_new, v_new, meta, k, v)
+    keys = k.transpose(0, 1, 3, 2).reshape(2, 64, 32)
+    for side, new in ((keys, k_new), (v, v_new)):
+        assert side[:, first : first + tokens].tobytes() == new.tobytes()
+        kept = np.delete(side, slice(first, first + tokens), axis=1)
+        assert np.all(kept == 7)
+
+
+def example() -> GraphShape:
+    """A graph of one tensor in and one out."""
+    tensors = (GraphTensor("hidden", (1, 2, 8)),), (GraphTensor("layers.0.k_new", (1, 2, 4)),)
+    where = ("step", "QNN_1", "htp/step.bin", "0" * 64, 4096, 57, "v2.51.0.1")
+    return GraphShape(*where, *tensors, ("layers.0.attention.wq",))
+
+
+def test_a_graph_is_a_call_in_the_ir(isa):
+    func = graph.make(example(), isa)
+    assert (num_outputs(func), work_items(func)) == (1, 1)
+    text = func.script()
+    assert 'call_packed("llamac.graph", "htp/step.bin", "QNN_1"' in text
+
+
+def test_a_graph_is_a_table_and_a_function_in_c():
+    """Sizes in bytes, inputs before outputs; without graphs there is nothing."""
+    assert graph_source([]) == []
+    text = "\n".join(graph_source([example()]))
+    assert '{"hidden", 32}' in text and '{"layers.0.k_new", 16}' in text
+    assert "UINT64_C(4096), 57" in text and "graph_0_tensors, 1, 1}" in text
+    assert "llamac_graph_call(self, 0, args, num_args)" in text
+    assert graph_index([example()]) == {"step": "graph_0"}
