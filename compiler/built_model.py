@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 from llamac.runtime import system
 from llamac.runtime.errors import ToolchainMissing
 from llamac.runtime.library import open_library
-from llamac.targets.base import Artifact, Target
+from llamac.targets.base import GRAPH_ROLE, Artifact, Target
 from llamac.targets.runner_program import RUNNER_ROLE
 from llamac.targets.stand_in import built_emulation, find_stand_in
+
+# A layer of the 1B model is 34 MB and takes 10 to 25 s for a call; verification makes some thirty.
+MOST_GRAPH_MEGABYTES = 100
 
 if TYPE_CHECKING:
     from llamac.compiler.verify import OpenModel
@@ -35,8 +38,7 @@ def opener(
     """
     emulation = built_emulation(folder, artifacts)
     if emulation is not None:
-        stand_in = find_stand_in()
-        return partial(stand_in.open_library, emulation, folder / weights), stand_in.description
+        return _emulation_opener(folder, artifacts, emulation, folder / weights)
     if target.arch == system.machine():
         fits = (None, system.c_library())
         for library in artifacts:
@@ -57,3 +59,18 @@ def opener(
     return partial(emulator.open_runner, folder / runners[0], folder / weights), (
         emulator.description
     )
+
+
+def _emulation_opener(
+    folder: Path, artifacts: Sequence[Artifact], library: Path, weights: Path
+) -> tuple[OpenModel | None, str]:
+    """How to open what has graphs: here, unless they are too large to execute them in minutes."""
+    graphs = (folder / artifact.path for artifact in artifacts if artifact.role == GRAPH_ROLE)
+    megabytes = sum(path.stat().st_size for path in graphs) // 1_000_000
+    if megabytes > MOST_GRAPH_MEGABYTES:
+        return None, (
+            f"a token through {megabytes} MB of graphs takes minutes on Qualcomm's library for "
+            "x86-64; verify with time: llamac verify BUNDLE MODEL --emulate"
+        )
+    stand_in = find_stand_in()
+    return partial(stand_in.open_library, library, weights), stand_in.description

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from llamac.targets.program import Pack, Program
     from llamac.targets.soc import Level, SoC
 
+GRAPH_ROLE = "graph"
+"""Role of the files that an accelerator's graphs are in."""
+
 API_VERSION = 1
 """Version of this interface; a plug-in written for another one is refused."""
 

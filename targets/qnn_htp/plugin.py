@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llamac.runtime.errors import ToolchainMissing
 from llamac.runtime.manifest import GraphEntry, GraphTensorEntry
 from llamac.targets.base import (
+    GRAPH_ROLE,
     Artifact,
     Identity,
     Lowered,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from llamac.targets.qnn_htp.metadata import TensorInfo
 
 FOLDER = "htp"
-ROLE = "graph"
 NOTE = "executed by Qualcomm's library for x86-64 at most; not by a phone"
 
 
@@ -78,7 +78,7 @@ class QnnHtp(Target):
         folder.mkdir()
         binaries = compile_chunks(chunks, weights, target, folder, progress)
         shapes = [graph_shape(*pair) for pair in zip(chunks, binaries, strict=True)]
-        files = (Artifact(Path(shape.file), ROLE, note=NOTE) for shape in shapes)
+        files = (Artifact(Path(shape.file), GRAPH_ROLE, note=NOTE) for shape in shapes)
         return Offloaded(
             outline(mod, list(zip(chunks, shapes, strict=True))),
             tuple(files),

@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llamac.compiler.built_model import opener
 from llamac.compiler.verify import verify_bundle
 from llamac.runtime import load
 from llamac.runtime.digest import file_sha256
 from llamac.runtime.errors import AcceleratorError, BundleCorrupt, BundleInvalid, UsageError
 from llamac.runtime.manifest import read_manifest
+from llamac.targets.base import Artifact
+from llamac.targets.registry import make_target
+from llamac.targets.soc import load_soc
 from llamac.targets.stand_in import VARIABLE, StandIn, find_stand_in
 
 SOC = "sm8650"
@@ -250,3 +254,16 @@ def test_counting_and_cpu_models_are_refused(
     assert "cannot count a bundle with graphs" in text
     text = refused("run", bundle, "Hi", "--emulate", "--cpu", "cortex-a76", error="usage")
     assert "--cpu cannot be chosen" in text
+
+
+def test_large_graphs_are_not_executed_while_compiling(tmp_path: Path) -> None:
+    """The manifest says why, and how to do it later."""
+    names = {"lib/emulation/libmodel.so": "emulation", "htp/decode.bin": "graph"}
+    artifacts = [Artifact(Path(name), role) for name, role in names.items()]
+    (tmp_path / "htp").mkdir()
+    with (tmp_path / "htp" / "decode.bin").open("wb") as file:
+        file.truncate(200_000_000)
+    target = make_target("arm-cpu", load_soc(SOC))
+    open_model, where = opener(target, tmp_path, artifacts, "weights.bin")
+    assert open_model is None
+    assert "200 MB of graphs" in where and "llamac verify BUNDLE MODEL --emulate" in where
