@@ -25,7 +25,7 @@
 llamac_status llamac_fail(llamac_error *error, llamac_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* What kernels report their errors with: keeps kind and parts as one text for the calling thread. */
+/* What kernels report errors with: keeps kind and parts as one text for the calling thread. */
 void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t num_parts);
 
 /* Moves the text that the last failing kernel of the calling thread reported into `text`, "" if it

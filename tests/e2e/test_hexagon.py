@@ -27,6 +27,7 @@ from llamac.tools.make_synthetic import FORMS, make_synthetic
 pytestmark = pytest.mark.needs("qemu-hexagon")
 
 SOC = "sm8650"
+SLOW_FORMS = [pytest.param(form, marks=pytest.mark.slow) for form in ("qlora", "bf16")]
 NUM_TOKENS = 48
 # Where the two best logits are this close, relative to their spread, a processor may choose the
 # other one: they add floats in different orders.
@@ -53,7 +54,7 @@ def story(bundle: Path, arch: str | None) -> tuple[list[int], list[np.ndarray]]:
         return tokens, logits
 
 
-@pytest.mark.parametrize("form", ["spinquant", "qlora", "bf16"])
+@pytest.mark.parametrize("form", ["spinquant", *SLOW_FORMS])
 def test_the_dsp_tells_the_host_s_story(
     form: str, dsp_bundle: Callable[[str], Path], compiled: Callable[..., Path], tiny: Path
 ) -> None:
@@ -70,7 +71,7 @@ def test_the_dsp_tells_the_host_s_story(
         assert difference < 0.2, f"token {place}: logits differ by {difference:.2e}"
 
 
-@pytest.mark.parametrize("form", ["spinquant", "qlora"])
+@pytest.mark.parametrize("form", ["spinquant", SLOW_FORMS[0]])
 def test_every_operation_equals_the_reference(
     form: str, dsp_bundle: Callable[[str], Path], tiny: Path
 ) -> None:

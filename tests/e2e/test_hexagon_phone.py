@@ -147,6 +147,7 @@ def test_the_dsp_library_says_what_the_same_kernels_say_elsewhere(
             session.append([token])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("soc", "version"), [("sm8350", "68"), ("sm8850", "81")])
 def test_the_oldest_and_the_newest_dsp(
     soc: str, version: str, phone: Phone, bundle: Path, compiled: Callable[..., Path], tiny: Path

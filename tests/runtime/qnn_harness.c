@@ -3,8 +3,9 @@
  *     qnn_harness TABLE FOLDER INPUTS OUTPUTS CALLS THREADS
  *
  * TABLE: for each graph "NAME FILE BYTES SOC BUILD_ID NUM_INPUTS NUM_OUTPUTS", then for each tensor
- * "NAME BYTES DTYPE_CODE DTYPE_BITS". INPUTS: raw inputs of all graphs, one after the other; OUTPUTS:
- * the same of the outputs. Every thread calls every graph CALLS times; all must compute the same.
+ * "NAME BYTES DTYPE_CODE DTYPE_BITS". INPUTS: raw inputs of all graphs, one after the other;
+ * OUTPUTS: the same of the outputs. Every thread calls every graph CALLS times; all must compute
+ * the same.
  * Prints lines that begin with "result:", because Qualcomm's libraries print as well.
  */
 #include "internal.h"

@@ -10,6 +10,7 @@ import pytest
 
 from llamac.runtime import errors
 from llamac.runtime.errors import LlamacError
+from llamac.runtime.status import error_of_status
 
 
 def classes(root: type[LlamacError] = LlamacError) -> Iterator[type[LlamacError]]:
@@ -71,3 +72,16 @@ def test_errors_carry_what_a_user_needs() -> None:
     assert str(error) == "[context-full] 9 tokens"
     with pytest.raises(TypeError):
         LlamacError("no cause")  # type: ignore[call-arg]
+
+
+def test_every_status_of_the_c_interface_has_an_error(checkout: Path) -> None:
+    """With the message of the library; one that nobody knows is an error of the device."""
+    header = (checkout / "runtime" / "c" / "llamac.h").read_text("utf-8")
+    numbers = [int(number) for number in re.findall(r"LLAMAC_ERROR_\w+ = (\d+)", header)]
+    assert numbers == list(range(1, 10))
+    for number in numbers:
+        error = error_of_status(number, "what happened")
+        assert error.message == "what happened"
+        assert f"status {number}" not in error.cause
+    assert isinstance(error_of_status(9, ""), errors.AcceleratorError)
+    assert "status 10" in error_of_status(10, "").cause

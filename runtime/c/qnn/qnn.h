@@ -43,12 +43,13 @@ typedef struct llamac_graphs llamac_graphs;
  *
  * libQnnHtp.so and libQnnSystem.so come from the folder in the variable LLAMAC_QNN_LIBRARIES, else
  * from where the loader looks; with the variable, ADSP_LIBRARY_PATH is set to that folder if it is
- * not set. They stay loaded until the process ends. Nothing is printed by us; with LLAMAC_QNN_LOG=1
- * QNN's log goes to stderr.
+ * not set. They stay loaded until the process ends. With LLAMAC_QNN_LOG=1 QNN's log goes to stderr,
+ * else nowhere; the libraries for x86-64 print a line about LIBNATIVE to stdout all the same.
  *
  * Fails with LLAMAC_ERROR_ACCELERATOR: a library is missing or older than what made a binary, or a
- * binary is missing, not the one of the tables, or refused by QNN. QNN accepts binaries with changed
- * bytes in their bodies: only a hash finds those. LLAMAC_ERROR_MEMORY: no memory for our own. */
+ * binary is missing, not the one of the tables, or refused by QNN. QNN accepts binaries with
+ * changed bytes in their bodies: only a hash finds those. LLAMAC_ERROR_MEMORY: no memory for our
+ * own structures. */
 llamac_status llamac_graphs_open(const llamac_graph *graphs, uint32_t count, const char *folder,
                                  llamac_graphs **out, llamac_error *error);
 

@@ -3,9 +3,9 @@
  * qnn_api.h: the part of QNN's binary interface that we use, as our own declarations.
  *
  * They hold for core interface 2.x and system interface 1.15 and later of 1.x on 64-bit systems;
- * later minor versions append. Found by reading back binaries whose content was known and by calling
- * the libraries of QNN 2.51 (core 2.40, system 1.15). Fields named `unused` are there for the
- * positions of the others only.
+ * later minor versions append. Found by reading back binaries whose content was known and by
+ * calling the libraries of QNN 2.51 (core 2.40, system 1.15). Fields named `unused` are there for
+ * the positions of the others only.
  */
 #ifndef LLAMAC_QNN_API_H
 #define LLAMAC_QNN_API_H
@@ -88,11 +88,11 @@ typedef struct {
   qnn_tensor *inputs;
   uint32_t num_outputs;
   qnn_tensor *outputs;
-  uint64_t unused[4];
+  uint64_t unused[5];
 } qnn_graph_info;
 
 _Static_assert(offsetof(qnn_graph_info, outputs) == 40, "graph");
-_Static_assert(sizeof(qnn_graph_info) == 80, "graph");
+_Static_assert(sizeof(qnn_graph_info) == 88, "graph");
 
 /* Version 3 of the structure. */
 typedef struct {
@@ -138,7 +138,8 @@ typedef struct {
   const char *name;
   qnn_version core_api, backend_api;
   qnn_unused unused0;
-  qnn_code (*backend_create)(qnn_handle log, const void *const *config, qnn_handle *backend); /* 1 */
+  qnn_code (*backend_create)(qnn_handle log, const void *const *config,
+                             qnn_handle *backend); /* 1 */
   qnn_unused unused2[2];
   qnn_code (*backend_build_id)(const char **id); /* 4 */
   qnn_unused unused5[3];

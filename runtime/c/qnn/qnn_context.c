@@ -14,7 +14,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { MAX_GRAPHS = 256, MAX_TENSORS = 4096 }; /* more is another layout than ours */
+enum { MAX_GRAPHS = 256 }; /* more is another layout than ours */
 
 /* A binary while it is opened. */
 typedef struct {
@@ -74,7 +74,7 @@ static void copy_tensor(const qnn_tensor *from, const char *name, uint32_t dims[
   memset(to->v1.unused, 0, sizeof to->v1.unused);
 }
 
-/* Compares and copies the inputs or the outputs; they are operands first .. first + expected - 1. */
+/* Compares and copies the inputs or the outputs, operands first .. first + expected - 1. */
 static llamac_status take_side(const binary *binary, llamac_qnn_graph *graph,
                                const qnn_tensor *tensors, uint32_t count, uint32_t first,
                                uint32_t expected) {
@@ -111,10 +111,15 @@ static llamac_status take_side(const binary *binary, llamac_qnn_graph *graph,
 static llamac_status take_graph(const binary *binary, llamac_qnn_graph *graph) {
   const llamac_graph *table = graph->table;
   const qnn_graph_info *info = NULL;
-  for (uint32_t g = 0; g < binary->info->num_graphs && info == NULL; g++)
-    if (strcmp(binary->info->graphs[g].name, table->name) == 0) info = &binary->info->graphs[g];
-  if (info == NULL || info->version != QNN_INFO_VERSION || info->num_inputs > MAX_TENSORS ||
-      info->num_outputs > MAX_TENSORS)
+  for (uint32_t g = 0; g < binary->info->num_graphs; g++) {
+    const qnn_graph_info *other = &binary->info->graphs[g];
+    if (other->version != QNN_INFO_VERSION || other->name == NULL)
+      return llamac_fail(binary->error, LLAMAC_ERROR_ACCELERATOR,
+                         "libQnnSystem.so describes graphs of %.48s in version %u, known is %d",
+                         binary->file, other->version, QNN_INFO_VERSION);
+    if (info == NULL && strcmp(other->name, table->name) == 0) info = other;
+  }
+  if (info == NULL)
     return llamac_fail(binary->error, LLAMAC_ERROR_ACCELERATOR,
                        "%.48s has no graph %.80s: it is of another build", binary->file,
                        table->name);
