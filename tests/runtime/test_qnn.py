@@ -33,15 +33,13 @@ from llamac.targets.qnn_htp.metadata import check_sha256
 from llamac.targets.qnn_htp.simulator import run_binary
 from llamac.targets.qnn_htp.toolchain import find_qnn
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "runtime" / "c"
-SOURCES = [HERE / "qnn_harness.c", *sorted((SUPPORT / "qnn").glob("*.c")), SUPPORT / "error.c"]
+QNN_C = sorted((SUPPORT / "qnn").glob("*.c"))
+SOURCES = [Path(__file__).with_name("qnn_harness.c"), *QNN_C, SUPPORT / "error.c"]
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
-CAPACITY = 32
-QNN = find_qnn()
+CAPACITY, QNN = 32, find_qnn()
 MISSING = "LLAMAC_QNN_LIBRARIES"
-
 Float16 = NDArray[np.float16]
 
 
@@ -233,7 +231,7 @@ def test_other_socs(
 
 
 def test_two_graphs_of_one_file(run: Run, graphs: list[Graph], tmp_path: Path) -> None:
-    script = HERE / "qnn_two_graphs.py"
+    script = Path(__file__).with_name("qnn_two_graphs.py")
     subprocess.run([sys.executable, str(script)], cwd=tmp_path, check=True, capture_output=True)
     values, binary = np.load(tmp_path / "two.npz"), tmp_path / "two_qnn.bin"
     first, second = (str(name) for name in values["names"])
