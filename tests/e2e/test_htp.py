@@ -23,8 +23,9 @@ from llamac.targets.stand_in import VARIABLE, StandIn, find_stand_in
 SOC = "sm8650"
 NUM_TOKENS = 32
 PROMPT = "Tell me a story about a fox."
-# As between processors in general (test_hexagon.py): HTP does not round activations to int8.
-NEAR_TIE = 0.5
+# HTP does not round activations to int8, so where the two best logits are this close, relative to
+# their spread, it may choose the other one.
+NEAR_TIE = 0.02
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime_qnn") is None,
