@@ -44,12 +44,13 @@ class QnnHtp(Target):
 
     def check(self) -> Sequence[Missing]:
         """The optional extra with Qualcomm's compiler."""
-        from llamac.targets.qnn_htp.toolchain import find_qnn  # noqa: PLC0415
+        from llamac.targets.qnn_htp.toolchain import PACKAGE, VERSION, find_qnn  # noqa: PLC0415
 
         try:
             find_qnn()
         except ToolchainMissing as error:
-            return (Missing(what=error.message, why=error.cause, fix=error.fix),)
+            why = f"{error.message}; {error.cause}"
+            return (Missing(what=f"{PACKAGE} {VERSION}", why=why, fix=error.fix),)
         return ()
 
     def offload(

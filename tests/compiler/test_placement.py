@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 
 from llamac.compiler import placement
@@ -81,3 +84,14 @@ def test_an_accelerator_has_no_kernels() -> None:
     assert target.is_accelerator and not ArmCpu(load_soc(SOC)).is_accelerator
     with pytest.raises(NotImplementedError):
         ArmCpu(load_soc(SOC)).offload(None, (), None, None, None)
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    [missing] = QnnHtp(load_soc(SOC)).check()
+    assert missing.what == "onnxruntime-qnn 2.7.0"
+    assert "not installed" in missing.why and "licence" in missing.why
+    assert "pip install 'llamac[qnn]'" in missing.fix
