@@ -226,7 +226,7 @@ def test_a_program_that_is_no_runner(tmp_path: Path) -> None:
     with pytest.raises(DeviceError):
         RemoteModel(["yes", "no reply"], "", None)
     hello = struct.pack("<IIQIIQ", 0, 0, 16, 99, 1, 0)
-    program = f"import sys; sys.stdout.buffer.write({hello!r})"
+    program = f"import sys; sys.stdin.buffer.read(1); sys.stdout.buffer.write({hello!r})"
     with pytest.raises(AbiMismatch, match="protocol 99"):
         RemoteModel([sys.executable, "-c", program], "", None)
 
