@@ -224,17 +224,23 @@ def verify_library(  # noqa: PLR0913 (keywords, each with a default)
 def _references(
     program: Program, checkpoint: Checkpoint, scale_dtype: str, kv_dtype: str
 ) -> tuple[ReferenceModel, ReferenceModel]:
-    """The reference of decode and that of prefill: a graph does not quantize its activations."""
+    """The references of decode and of prefill, one object where they are the same.
+
+    A graph does not quantize its activations.
+    """
     graphs = {graph.name for graph in program.graphs()}
+    models: dict[bool, ReferenceModel] = {}
 
     def model(function: Function) -> ReferenceModel:
-        names = {program.kernels[step.kernel].name for step in function.steps}
-        return ReferenceModel(
-            checkpoint,
-            scale_dtype=scale_dtype,
-            kv_dtype=kv_dtype,
-            quantize_activations=not names & graphs,
-        )
+        quantizes = not graphs & {program.kernels[step.kernel].name for step in function.steps}
+        if quantizes not in models:
+            models[quantizes] = ReferenceModel(
+                checkpoint,
+                scale_dtype=scale_dtype,
+                kv_dtype=kv_dtype,
+                quantize_activations=quantizes,
+            )
+        return models[quantizes]
 
     return model(program.function("decode")), model(program.functions[0])
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llamac.targets.base import Artifact, Identity, Lowered, Missing, Progress
-from llamac.targets.cpu.target import RUNTIME_SOURCES, CpuTarget
+from llamac.targets.cpu.target import RUNTIME_SOURCES, CpuTarget, support_sources
 
 if TYPE_CHECKING:
     from llamac.schedules.intrin.isa import Isa
+    from llamac.targets.program import Program
 
 ALWAYS = frozenset({"neon", "dotprod"})
 IF_PRESENT = frozenset({"i8mm", "sme"})
@@ -79,7 +80,9 @@ class ArmCpu(CpuTarget):
             return artifacts
         return [*artifacts, build_emulation(lowered, identity, out, progress)]
 
-    def link(self, sources: Sequence[Path], objects: Sequence[Path], out: Path) -> list[Artifact]:
+    def link(
+        self, program: Program, entry: Path, objects: Sequence[Path], out: Path
+    ) -> list[Artifact]:
         """One library for each C library, and the static runner.
 
         A static program cannot load the libraries that execute graphs: then there is no runner.
@@ -93,7 +96,7 @@ class ArmCpu(CpuTarget):
         for library in libraries.values():
             library.parent.mkdir(parents=True)
         inputs: dict[str, Any] = {
-            "sources": sources,
+            "sources": support_sources(entry, program),
             "objects": objects,
             "include_dirs": [RUNTIME_SOURCES],
             "soname": "libmodel.so",
@@ -107,9 +110,9 @@ class ArmCpu(CpuTarget):
             Artifact(path.relative_to(out), "library", flavour, notes.get(flavour, ""))
             for flavour, path in libraries.items()
         ]
-        if any(source.parent.name == "qnn" for source in sources):
+        if program.graphs():
             return artifacts
         runner = out / RUNNER
         runner.parent.mkdir(exist_ok=True)
-        link_runner(toolchain, entry=sources[0], objects=objects, arch=self.soc.arch, out=runner)
+        link_runner(toolchain, entry=entry, objects=objects, arch=self.soc.arch, out=runner)
         return [*artifacts, Artifact(RUNNER, RUNNER_ROLE)]

@@ -32,10 +32,9 @@ def build_emulation(
     """
     from llamac.schedules.intrin.arm_on_x86 import ArmOnX86  # noqa: PLC0415
     from llamac.targets.cpu.entry import Level, entry_source  # noqa: PLC0415
-    from llamac.targets.cpu.object_cache import compile_object  # noqa: PLC0415
     from llamac.targets.cpu.target import (  # noqa: PLC0415
         RUNTIME_SOURCES,
-        compiled_kernels,
+        compile_levels,
         support_sources,
     )
     from llamac.targets.toolchain import find_toolchain, link_shared  # noqa: PLC0415
@@ -44,12 +43,7 @@ def build_emulation(
     work.mkdir()
     isa = ArmOnX86()
     level = Level(isa.name, isa.features)
-    objects: list[Path] = []
-    kernels = compiled_kernels(lowered)
-    for name, spec in kernels.items():
-        progress(f"{name} for {isa.name}", len(objects), len(kernels))
-        objects.append(work / f"{len(objects)}.o")
-        compile_object(spec, isa, name + level.suffix, objects[-1])
+    objects = compile_levels(lowered, [(isa, level)], work, progress)
     entry = work / "entry.c"
     source = entry_source(lowered.program, identity, [level], "LLAMAC_X86_", isa.alignment)
     entry.write_text(source, encoding="ascii")

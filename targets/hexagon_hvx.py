@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from llamac.runtime.errors import SocInvalid
 from llamac.targets.base import Artifact, Identity, Lowered, Missing, Progress
-from llamac.targets.cpu.target import CpuTarget
+from llamac.targets.cpu.target import CpuTarget, compile_levels
 from llamac.targets.soc import Level as SocLevel
 from llamac.targets.soc import SoC
 
 if TYPE_CHECKING:
     from llamac.schedules.intrin.isa import Isa
+    from llamac.targets.program import Program
 
 ARCH = "hexagon"
 
@@ -94,14 +95,16 @@ class HexagonHvx(CpuTarget):
             *self._phone(lowered, identity, out, progress),
         ]
 
-    def link(self, sources: Sequence[Path], objects: Sequence[Path], out: Path) -> list[Artifact]:
+    def link(
+        self, program: Program, entry: Path, objects: Sequence[Path], out: Path
+    ) -> list[Artifact]:
         """Link the static runner for the emulator."""
         from llamac.targets.runner_program import RUNNER, RUNNER_ROLE, link_runner  # noqa: PLC0415
         from llamac.targets.toolchain import find_toolchain  # noqa: PLC0415
 
         runner = out / RUNNER
         runner.parent.mkdir(exist_ok=True)
-        link_runner(find_toolchain(), entry=sources[0], objects=objects, arch=ARCH, out=runner)
+        link_runner(find_toolchain(), entry=entry, objects=objects, arch=ARCH, out=runner)
         return [Artifact(RUNNER, RUNNER_ROLE)]
 
     def _phone(
@@ -123,7 +126,7 @@ class HexagonHvx(CpuTarget):
         levels = [Level(isa.name, isa.features) for isa in (verified, real)]
         objects = sorted(work.parent.glob("*.o"))
         if real.target != verified.target:
-            objects += self._compile_levels(lowered, [(real, levels[1])], work, progress)
+            objects += compile_levels(lowered, [(real, levels[1])], work, progress)
         else:  # v66 has no floats in vectors: both are the same
             levels = levels[:1]
         entry = work / "entry.c"

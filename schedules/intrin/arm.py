@@ -150,10 +150,7 @@ class ArmDotprod(ArmNeon):
 
     def dot_group(self, zeros: Any, chunks: Sequence[Any], words: Sequence[tuple[Any, int]]) -> Any:
         """Eight sdot by lane."""
-        total = zeros
-        for rows, (codes, lane) in zip(chunks, words, strict=True):
-            total = T.Bind(self.dot_lane(total, rows, codes, lane))
-        return total
+        return dot_by_lane(self, zeros, chunks, words)
 
     def dot_lane(self, acc: Any, rows: Any, codes: Any, lane: int) -> Any:
         """One sdot by element: LLVM folds the broadcast into the instruction."""
@@ -211,6 +208,16 @@ def _known_cpus() -> frozenset[str]:
 def _cpu_features(mcpu: str) -> frozenset[str]:
     named = Target({"kind": "llvm", "mtriple": TRIPLE, "mcpu": mcpu})
     return frozenset(map(str, codegen.llvm_get_cpu_features(named)))
+
+
+def dot_by_lane(
+    isa: ArmNeon, zeros: Any, chunks: Sequence[Any], words: Sequence[tuple[Any, int]]
+) -> Any:
+    """`dot_group` with one `dot_lane` after the other."""
+    total = zeros
+    for rows, (codes, lane) in zip(chunks, words, strict=True):
+        total = T.Bind(isa.dot_lane(total, rows, codes, lane))
+    return total
 
 
 def broadcast_word(words: Any, lane: int) -> Any:

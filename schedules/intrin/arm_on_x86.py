@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from llamac.schedules.intrin.arm import ArmNeon, broadcast_word
+from llamac.schedules.intrin.arm import ArmNeon, broadcast_word, dot_by_lane
 from llamac.schedules.intrin.isa import pick
 
 
@@ -35,10 +35,7 @@ class ArmOnX86(ArmNeon):
 
     def dot_group(self, zeros: Any, chunks: Sequence[Any], words: Sequence[tuple[Any, int]]) -> Any:
         """int32x4: four rows times a token's 32 codes."""
-        total = zeros
-        for rows, (codes, lane) in zip(chunks, words, strict=True):
-            total = T.Bind(self.dot_lane(total, rows, codes, lane))
-        return total
+        return dot_by_lane(self, zeros, chunks, words)
 
     def dot_lane(self, acc: Any, rows: Any, codes: Any, lane: int) -> Any:
         """acc[i] += sum of 4 products of int8 lanes 4i .. 4i+3 with word `lane`, exact."""

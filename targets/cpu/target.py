@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from llamac.schedules.intrin.isa import Isa
     from llamac.targets.cpu.entry import Level
-    from llamac.targets.cpu.kernels import KernelSpec
     from llamac.targets.program import Program
 
 LIBRARY = Path("lib/libmodel.so")
@@ -128,31 +127,32 @@ class CpuTarget(Target):
         work = out / "build"
         work.mkdir(parents=True)
         levels = [Level(isa.name, isa.features) for isa in self.isas()]
-        objects = self._compile_levels(
-            lowered, list(zip(self.isas(), levels, strict=True)), work, progress
-        )
+        pairs = list(zip(self.isas(), levels, strict=True))
+        objects = compile_levels(lowered, pairs, work, progress)
         entry = work / "entry.c"
         source = entry_source(
             lowered.program, identity, levels, self.feature_prefix, self.alignment
         )
         entry.write_text(source, encoding="ascii")
         progress("link", len(objects), len(objects) + 1)
-        artifacts = self.link(support_sources(entry, lowered.program), objects, out)
+        artifacts = self.link(lowered.program, entry, objects, out)
         progress("link", len(objects) + 1, len(objects) + 1)
         header = out / HEADER
         header.parent.mkdir(exist_ok=True)
         header.write_bytes((RUNTIME_SOURCES / HEADER.name).read_bytes())
         return [*artifacts, Artifact(HEADER, "header")]
 
-    def link(self, sources: Sequence[Path], objects: Sequence[Path], out: Path) -> list[Artifact]:
-        """Link the tables and the support library (C sources) with the kernels: one library."""
+    def link(
+        self, program: Program, entry: Path, objects: Sequence[Path], out: Path
+    ) -> list[Artifact]:
+        """Link the tables (entry.c) and the support library with the kernels: one library."""
         from llamac.targets.toolchain import find_toolchain, link_shared  # noqa: PLC0415
 
         library = out / LIBRARY
         library.parent.mkdir(parents=True, exist_ok=True)
         link_shared(
             find_toolchain(),
-            sources=sources,
+            sources=support_sources(entry, program),
             objects=objects,
             include_dirs=[RUNTIME_SOURCES],
             out=library,
@@ -162,35 +162,26 @@ class CpuTarget(Target):
         )
         return [Artifact(LIBRARY, "library")]
 
-    def _compile_levels(
-        self,
-        lowered: Lowered,
-        levels: Sequence[tuple[Isa, Level]],
-        work: Path,
-        progress: Progress,
-    ) -> list[Path]:
-        """Compile every kernel of a program for every level, each into an object file."""
-        from llamac.targets.cpu.object_cache import compile_object  # noqa: PLC0415
 
-        objects: list[Path] = []
-        kernels = compiled_kernels(lowered)
-        total = len(levels) * len(kernels) + 1
-        for isa, level in levels:
-            for name, spec in kernels.items():
-                progress(f"{name} for {isa.name}", len(objects), total)
-                objects.append(work / f"{len(objects)}.o")
-                compile_object(spec, isa, name + level.suffix, objects[-1])
-        return objects
+def compile_levels(
+    lowered: Lowered, levels: Sequence[tuple[Isa, Level]], work: Path, progress: Progress
+) -> list[Path]:
+    """Compile every kernel of a program for every level, each into an object file in `work`."""
+    from llamac.schedules.graph import FAMILY  # noqa: PLC0415
+    from llamac.targets.cpu.object_cache import compile_object  # noqa: PLC0415
+
+    objects: list[Path] = []
+    kernels = {name: spec for name, spec in lowered.kernels.items() if spec.family != FAMILY}
+    total = len(levels) * len(kernels) + 1
+    for isa, level in levels:
+        for name, spec in kernels.items():
+            progress(f"{name} for {isa.name}", len(objects), total)
+            objects.append(work / f"{len(objects)}.o")
+            compile_object(spec, isa, name + level.suffix, objects[-1])
+    return objects
 
 
 def support_sources(entry: Path, program: Program) -> list[Path]:
     """C files of a library: the tables, the support library, and what calls graphs if needed."""
     graphs = (RUNTIME_SOURCES / "qnn").glob("*.c") if program.graphs() else ()
     return [entry, *sorted(RUNTIME_SOURCES.glob("*.c")), *sorted(graphs)]
-
-
-def compiled_kernels(lowered: Lowered) -> dict[str, KernelSpec]:
-    """The kernels that TVM compiles, by name: all that are no graphs."""
-    from llamac.schedules.graph import FAMILY  # noqa: PLC0415
-
-    return {name: spec for name, spec in lowered.kernels.items() if spec.family != FAMILY}

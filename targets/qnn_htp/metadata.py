@@ -15,6 +15,7 @@ from typing import Any
 
 from llamac.runtime.digest import file_sha256
 from llamac.runtime.errors import BundleCorrupt, BundleInvalid
+from llamac.runtime.graph_entry import GraphTensorEntry
 from llamac.targets.qnn_htp.toolchain import JobFailed, find_qnn, run_job
 
 HTP_BACKEND = 6
@@ -22,21 +23,12 @@ HTP_BACKEND = 6
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """An input or output of a graph."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
 class GraphInfo:
     """The graph of a binary; `vtcm_bytes` and `optimization` are what it was compiled for."""
 
     name: str
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
+    inputs: tuple[GraphTensorEntry, ...]
+    outputs: tuple[GraphTensorEntry, ...]
     vtcm_bytes: int
     optimization: int
 
@@ -131,8 +123,8 @@ def read_metadata(binary: Path, expected_sha256: str | None = None) -> Metadata:
     )
 
 
-def _tensor(fields: Mapping[str, Any]) -> TensorInfo:
-    return TensorInfo(fields["name"], tuple(fields["shape"]), fields["dtype"])
+def _tensor(fields: Mapping[str, Any]) -> GraphTensorEntry:
+    return GraphTensorEntry(fields["name"], tuple(fields["shape"]), fields["dtype"])
 
 
 def _foreign(binary: Path, why: str) -> BundleInvalid:

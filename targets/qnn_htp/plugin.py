@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llamac.runtime.errors import ToolchainMissing
-from llamac.runtime.manifest import GraphEntry, GraphTensorEntry
+from llamac.runtime.manifest import GraphEntry
 from llamac.targets.base import (
     GRAPH_ROLE,
     Artifact,
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from llamac.targets.program import Pack
     from llamac.targets.qnn_htp.chunk import Chunk
     from llamac.targets.qnn_htp.context import ContextBinary
-    from llamac.targets.qnn_htp.metadata import TensorInfo
 
 FOLDER = "htp"
 NOTE = "executed by Qualcomm's library for x86-64 at most; not by a phone"
@@ -144,10 +143,6 @@ def graph_entry(chunk: Chunk, binary: ContextBinary) -> GraphEntry:
         core_api=metadata.core_api,
         backend_api=metadata.backend_api,
         blob_version=metadata.blob_version,
-        inputs=tuple(map(_tensor, metadata.graph.inputs)),
-        outputs=tuple(map(_tensor, metadata.graph.outputs)),
+        inputs=metadata.graph.inputs,
+        outputs=metadata.graph.outputs,
     )
-
-
-def _tensor(info: TensorInfo) -> GraphTensorEntry:
-    return GraphTensorEntry(info.name, info.shape, info.dtype)

@@ -17,6 +17,7 @@ from llamac.runtime.manifest import Manifest, read_manifest
 from llamac.runtime.remote import RemoteModel
 from llamac.targets.base import Artifact
 from llamac.targets.cpu.target import CpuTarget
+from llamac.targets.program import Program
 from llamac.targets.runner_program import RUNNER, RUNNER_ROLE, link_runner
 from llamac.targets.toolchain import find_toolchain
 
@@ -34,17 +35,17 @@ def with_runner(
     link = CpuTarget.link
 
     def link_both(
-        self: CpuTarget, sources: Sequence[Path], objects: Sequence[Path], out: Path
+        self: CpuTarget, program: Program, entry: Path, objects: Sequence[Path], out: Path
     ) -> list[Artifact]:
         (out / RUNNER).parent.mkdir()
         link_runner(
             find_toolchain(),
-            entry=sources[0],
+            entry=entry,
             objects=objects,
             arch=self.soc.arch,
             out=out / RUNNER,
         )
-        return [*link(self, sources, objects, out), Artifact(RUNNER, RUNNER_ROLE)]
+        return [*link(self, program, entry, objects, out), Artifact(RUNNER, RUNNER_ROLE)]
 
     monkeypatch.setattr(CpuTarget, "link", link_both)
     out = tmp_path / "bundle"

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llamac.compiler import reference
 from llamac.compiler.checkpoint import Checkpoint
 from llamac.compiler.config import rope_table
 from llamac.compiler.floats import round_to
@@ -41,7 +40,7 @@ def htp_chunks(
 
 
 class FloatModel(ReferenceModel):
-    """The reference with the same weights and activations that nobody quantizes.
+    """The reference with the same weights and activations that nobody quantizes, the output's too.
 
     What HTP computes in float16 is compared with this: the reference of the CPU rounds activations
     to int8, which is 40 dB away by definition.
@@ -49,11 +48,8 @@ class FloatModel(ReferenceModel):
 
     def _linear(self, name: str, x: Float64) -> Float64:
         weight = self._weights.read(f"{name}.weight")
-        scales = round_to(self._weights.read(f"{name}.scales"), "float16").astype(np.float64)
-        grouped = weight.astype(np.float64).reshape(*scales.shape, -1) * scales[..., None]
-        lora = self._lora(name)
-        result = reference.linear(x, grouped.reshape(weight.shape))
-        return result if lora is None else result + reference.lora_branch(x, lora)
+        scales = round_to(self._weights.read(f"{name}.scales"), "float16")
+        return self._float_linear(name, x, weight, scales)
 
 
 def key_blocks(keys: NDArray[np.float16]) -> NDArray[np.float16]:
@@ -96,10 +92,9 @@ def layer_case(
             full = np.full((config.num_kv_heads, capacity, config.head_dim), UNUSED, np.float16)
             full[:, :position] = rows.transpose(1, 0, 2)
             case.feeds[f"{prefix}.{side}_cache"] = key_blocks(full) if side == "k" else full
-        x = x + model._attention(prefix, x, table, cache, position)
-        x = x + model._feed_forward(prefix, x)
-        for side, parts in zip("kv", cache._sides, strict=True):
-            case.expected[f"{prefix}.{side}_new"] = parts[-1].transpose(1, 0, 2)
+        x = model.layer(prefix, x, table, cache, position)
+        for side, rows in zip("kv", cache.last(), strict=True):
+            case.expected[f"{prefix}.{side}_new"] = rows.transpose(1, 0, 2)
     case.expected[emitter.HIDDEN_OUT] = x[None]
     return case
 
@@ -112,11 +107,11 @@ def real_inputs(
     table = rope_table(checkpoint.config, len(tokens))
     x, inputs = model._embedding(tokens), []
     for layer in range(checkpoint.config.num_layers):
-        prefix, cache = f"layers.{layer}", KvCache("float16")
+        cache = KvCache("float16")
         inputs.append(x[num_past:])
-        x = x + model._attention(prefix, x, table, cache, 0)
-        x = x + model._feed_forward(prefix, x)
-        past[layer] = (cache._sides[0][0][:num_past], cache._sides[1][0][:num_past])
+        x = model.layer(f"layers.{layer}", x, table, cache, 0)
+        keys, values = cache.last()
+        past[layer] = (keys[:num_past], values[:num_past])
     return inputs, past
 
 
