@@ -31,6 +31,7 @@ __all__ = [
     "check_level",
     "check_memory",
     "check_target",
+    "file_of_role",
     "library_name",
     "verify_files",
     "verify_sizes",
@@ -104,6 +105,29 @@ def bundle_file(bundle: Path, name: str) -> Path:
     if not path.is_file():
         raise _corrupt(f"{path} is missing")
     return path
+
+
+def file_of_role(bundle: Path, manifest: Manifest, role: str, what: str) -> Path:
+    """Return the path of the one file of a role.
+
+    Args:
+        bundle: its folder.
+        manifest: its manifest.
+        role: of the file, "runner".
+        what: the file in words, "runner to emulate".
+
+    Raises:
+        BundleInvalid: there is none, or more than one; or see `bundle_file`.
+        BundleCorrupt: the file is missing.
+    """
+    names = [name for name, entry in manifest.files.items() if entry.role == role]
+    if len(names) != 1:
+        raise BundleInvalid(
+            f"{bundle} has no {what}",
+            cause=f"its manifest names no file of role {role!r}: it was compiled without one",
+            fix="compile the model again",
+        )
+    return bundle_file(bundle, names[0])
 
 
 def verify_sizes(bundle: Path, manifest: Manifest) -> None:

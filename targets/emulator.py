@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamac.runtime import system
-from llamac.runtime.checks import bundle_file, check_abi
+from llamac.runtime.checks import check_abi, file_of_role
 from llamac.runtime.errors import (
     BundleInvalid,
     CpuUnsupported,
@@ -162,14 +162,7 @@ def runner_of(bundle: Path, manifest: Manifest) -> Path:
         BundleInvalid: it has none, one that may not be executed, or one for another processor.
         BundleCorrupt: the file is missing.
     """
-    names = [name for name, entry in manifest.files.items() if entry.role == RUNNER_ROLE]
-    if len(names) != 1:
-        raise BundleInvalid(
-            f"{bundle} has no runner to emulate",
-            cause="its manifest names no file of role 'runner': it was compiled without one",
-            fix="compile the model again",
-        )
-    path = bundle_file(bundle, names[0])
+    path = file_of_role(bundle, manifest, RUNNER_ROLE, "runner to emulate")
     if not os.access(path, os.X_OK):
         raise BundleInvalid(
             f"{path} may not be executed",

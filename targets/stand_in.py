@@ -18,8 +18,8 @@ from pathlib import Path
 
 from llamac.runtime import system
 from llamac.runtime.backend import BackendModel
-from llamac.runtime.checks import bundle_file, check_abi
-from llamac.runtime.errors import BundleInvalid, CpuUnsupported, UsageError
+from llamac.runtime.checks import check_abi, file_of_role
+from llamac.runtime.errors import CpuUnsupported, UsageError
 from llamac.runtime.library import open_library
 from llamac.runtime.manifest import Manifest
 from llamac.targets.base import Artifact
@@ -117,14 +117,7 @@ def emulation_library(bundle: Path, manifest: Manifest) -> Path:
         BundleInvalid: it has none.
         BundleCorrupt: the file is missing.
     """
-    names = [name for name, entry in manifest.files.items() if entry.role == ROLE]
-    if len(names) != 1:
-        raise BundleInvalid(
-            f"{bundle} has no library for emulation",
-            cause="its manifest names no file of role 'emulation': it was compiled without one",
-            fix="compile the model again",
-        )
-    return bundle_file(bundle, names[0])
+    return file_of_role(bundle, manifest, ROLE, "library for emulation")
 
 
 def built_emulation(folder: Path, artifacts: Sequence[Artifact]) -> Path | None:

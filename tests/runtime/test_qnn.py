@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import llamac.runtime
 from llamac.compiler.frontends.meta import from_meta
 from llamac.compiler.llama import ModelOptions, build_llama
 from llamac.runtime.errors import BundleCorrupt
@@ -34,7 +35,7 @@ from llamac.targets.qnn_htp.simulator import run_binary
 from llamac.targets.qnn_htp.toolchain import find_qnn
 
 ROOT = Path(__file__).parents[2]
-SUPPORT = ROOT / "runtime" / "c"
+SUPPORT = Path(llamac.runtime.__file__).parent / "c"
 QNN_C = sorted((SUPPORT / "qnn").glob("*.c"))
 SOURCES = [Path(__file__).with_name("qnn_harness.c"), *QNN_C, SUPPORT / "error.c"]
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
