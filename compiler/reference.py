@@ -300,21 +300,29 @@ def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, position: int) -> Float6
     Returns:
         [T, H, D] float64.
     """
+    queries, values = np.asarray(q, np.float64), np.asarray(v)
+    heads_per_kv = queries.shape[1] // values.shape[1]
+    end = position + len(queries)
+    result = np.empty_like(queries)
+    for head, scores in enumerate(attention_scores(q, k, position)):
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        result[:, head] = weights @ values[:end, head // heads_per_kv].astype(np.float64)
+    return result
+
+
+def attention_scores(q: ArrayLike, k: ArrayLike, position: int) -> Iterator[Float64]:
+    """Scores of `attention`, head by head: [T, position + T], -inf where a key is not seen."""
     queries = np.asarray(q, np.float64)
     num_tokens, num_heads, head_dim = queries.shape
     end = position + num_tokens
-    keys, values = (np.asarray(side)[:end].astype(np.float64) for side in (k, v))
+    keys = np.asarray(k)[:end].astype(np.float64)
     hidden = np.arange(end) > position + np.arange(num_tokens)[:, None]
     heads_per_kv = num_heads // keys.shape[1]
-    result = np.empty_like(queries)
     for head in range(num_heads):
-        kv_head = head // heads_per_kv
-        scores = queries[:, head] @ keys[:, kv_head].T / np.sqrt(head_dim)
+        scores = queries[:, head] @ keys[:, head // heads_per_kv].T / np.sqrt(head_dim)
         scores[hidden] = -np.inf
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        result[:, head] = weights @ values[:, kv_head]
-    return result
+        yield scores
 
 
 def quantize_kv(x: ArrayLike) -> Quantized:

@@ -7,8 +7,8 @@ and widened to float64 in blocks of rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from llamac.compiler.checkpoint import Checkpoint
 from llamac.compiler.config import rope_table
 from llamac.compiler.floats import round_to, widen
 from llamac.compiler.reference import Float64
+
+Observe: TypeAlias = Callable[[str, Float64], None]
+"""Called with the label of a value (`targets/chunk.py`) and the value of some or all tokens."""
 
 # Positions whose logits are held at once by `nll`.
 _NLL_CHUNK = 64
@@ -68,6 +71,7 @@ class ReferenceModel:
             a SpinQuant model is wrong; tests use this to see that they would notice.
         quantize_activations: before products with int4 weights, as the checkpoint asks for it. A
             processor that computes layers in float16 does not.
+        observe: called with every value inside the layers.
     """
 
     def __init__(
@@ -78,11 +82,13 @@ class ReferenceModel:
         kv_dtype: str = "float16",
         apply_r4: bool = True,
         quantize_activations: bool = True,
+        observe: Observe | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.scale_dtype = scale_dtype
         self.kv_dtype = kv_dtype
         self._quantize_activations = quantize_activations
+        self._observe = observe
         self.apply_r4 = apply_r4 and checkpoint.quant.hadamard_r4
         self._weights = checkpoint.weights
         self._names = frozenset(self._weights.names())
@@ -128,7 +134,7 @@ class ReferenceModel:
     def _hidden(self, tokens: Sequence[int], cache: list[KvCache], position: int) -> Float64:
         """The residual stream after the last layer, [T, dim], for tokens from `position` on."""
         table = rope_table(self.checkpoint.config, position + len(tokens))[position:]
-        x = self._embedding(tokens)
+        x = self.embedding(tokens)
         for layer, layer_cache in enumerate(cache):
             x = self.layer(f"layers.{layer}", x, table, layer_cache, position)
         return x
@@ -145,10 +151,17 @@ class ReferenceModel:
             cache: of the layer, with `position` rows.
             position: of the first token.
         """
-        x = x + self._attention(prefix, x, table, cache, position)
-        return x + self._feed_forward(prefix, x)
+        mixed = self._attention(prefix, x, table, cache, position)
+        x = self._seen(f"{prefix}.attention.wo.add", x + mixed)
+        return self._seen(f"{prefix}.feed_forward.w2.add", x + self._feed_forward(prefix, x))
 
-    def _embedding(self, tokens: Sequence[int]) -> Float64:
+    def _seen(self, label: str, value: Float64) -> Float64:
+        if self._observe is not None:
+            self._observe(label, value)
+        return value
+
+    def embedding(self, tokens: Sequence[int]) -> Float64:
+        """The residual stream before the first layer, [T, dim]."""
         table = self._weights.read("tok_embeddings.weight")
         if "tok_embeddings.scales" not in self._names:
             return reference.embedding_float(tokens, table)
@@ -157,23 +170,29 @@ class ReferenceModel:
     def _attention(
         self, prefix: str, x: Float64, table: NDArray[np.float32], cache: KvCache, position: int
     ) -> Float64:
-        config = self.checkpoint.config
+        config, name = self.checkpoint.config, f"{prefix}.attention"
         normed = self._norm(f"{prefix}.attention_norm", x)
         q, k, v = (
-            self._linear(f"{prefix}.attention.{name}", normed).reshape(len(x), -1, config.head_dim)
-            for name in ("wq", "wk", "wv")
+            self._linear(f"{name}.{side}", normed).reshape(len(x), -1, config.head_dim)
+            for side in ("wq", "wk", "wv")
         )
-        keys, values = cache.append(reference.rope(k, table), v)
-        mixed = reference.attention(reference.rope(q, table), keys, values, position)
-        return self._linear(f"{prefix}.attention.wo", mixed.reshape(len(x), -1))
+        q = self._seen(f"{name}.wq.rope", reference.rope(q, table))
+        k = self._seen(f"{name}.wk.rope", reference.rope(k, table))
+        keys, values = cache.append(k, v)
+        if self._observe is not None:
+            for scores in reference.attention_scores(q, keys, position):
+                self._observe(f"{name}.wv.attention.scores", scores[np.isfinite(scores)])
+        mixed = reference.attention(q, keys, values, position).reshape(len(x), -1)
+        return self._linear(f"{name}.wo", self._seen(f"{name}.wv.attention", mixed))
 
     def _feed_forward(self, prefix: str, x: Float64) -> Float64:
         normed = self._norm(f"{prefix}.ffn_norm", x)
         gate = self._linear(f"{prefix}.feed_forward.w1", normed)
         up = self._linear(f"{prefix}.feed_forward.w3", normed)
-        inner = reference.swiglu(gate, up)
+        label = f"{prefix}.feed_forward.w3.swiglu"
+        inner = self._seen(label, reference.swiglu(gate, up))
         if self.apply_r4:
-            inner = reference.hadamard(inner)
+            inner = self._seen(f"{label}.hadamard", reference.hadamard(inner))
         return self._linear(f"{prefix}.feed_forward.w2", inner)
 
     def _output(self, hidden: Float64) -> Float64:
@@ -184,10 +203,13 @@ class ReferenceModel:
 
     def _norm(self, name: str, x: Float64) -> Float64:
         gamma = widen(self._weights.read(f"{name}.weight"))
-        return reference.rms_norm(x, gamma, self.checkpoint.config.norm_eps)
+        return self._seen(name, reference.rms_norm(x, gamma, self.checkpoint.config.norm_eps))
 
     def _linear(self, name: str, x: Float64) -> Float64:
         """Apply the linear layer `name`; its scales tell which kind it is."""
+        return self._seen(name, self._product(name, x))
+
+    def _product(self, name: str, x: Float64) -> Float64:
         weight = self._weights.read(f"{name}.weight")
         if f"{name}.scales" not in self._names:
             return reference.linear(x, weight)

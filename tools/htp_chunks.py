@@ -20,7 +20,7 @@ from pathlib import Path
 from llamac.compiler.frontends.meta import from_meta
 from llamac.compiler.llama import ModelOptions, build_llama
 from llamac.runtime.errors import LlamacError
-from llamac.targets.qnn_htp.chunk import Chunk, cut_chunks
+from llamac.targets.chunk import Chunk, cut_chunks
 from llamac.targets.qnn_htp.context import (
     ContextBinary,
     compile_chunks,

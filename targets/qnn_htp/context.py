@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamac.runtime.errors import BuildFailed, CoverageError, TargetUnknown
-from llamac.targets.qnn_htp.chunk import Chunk
+from llamac.targets.chunk import Chunk
 from llamac.targets.qnn_htp.emitter import write_chunk
 from llamac.targets.qnn_htp.metadata import Metadata, read_metadata
 from llamac.targets.qnn_htp.toolchain import JobFailed, build_failed, find_qnn, run_job

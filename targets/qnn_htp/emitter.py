@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from llamac.runtime.errors import CoverageError, ValuesInvalid
 from llamac.schedules.positions import MASKED
 from llamac.schedules.rope import CacheShape
-from llamac.targets.qnn_htp.chunk import Chunk, Step
+from llamac.targets.chunk import Chunk, Step
 from llamac.targets.qnn_htp.onnx_file import CONTRIB, OnnxFile
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from tvm.ir import IRModule
 from tvm.relax import BlockBuilder, Var
 
 from llamac.schedules.graph import GraphShape
-from llamac.targets.qnn_htp.chunk import Chunk, read_function
+from llamac.targets.chunk import Chunk, read_function
 
 KIND = "llamac.graph"
 

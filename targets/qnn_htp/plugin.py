@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from tvm.ir import IRModule
 
     from llamac.schedules.graph import GraphShape
+    from llamac.targets.chunk import Chunk
     from llamac.targets.program import Pack
-    from llamac.targets.qnn_htp.chunk import Chunk
     from llamac.targets.qnn_htp.context import ContextBinary
 
 FOLDER = "htp"
@@ -61,7 +61,7 @@ class QnnHtp(Target):
         progress: Progress,
     ) -> Offloaded:
         """Compile the layers of the functions to context binaries, `htp/<graph>.bin`."""
-        from llamac.targets.qnn_htp.chunk import cut_chunks  # noqa: PLC0415
+        from llamac.targets.chunk import cut_chunks  # noqa: PLC0415
         from llamac.targets.qnn_htp.context import (  # noqa: PLC0415
             compile_chunks,
             htp_of,

@@ -28,7 +28,7 @@ from llamac.targets.toolchain import find_toolchain, link_executable
 if importlib.util.find_spec("onnxruntime_qnn") is None:
     pytest.skip("optional extra: pip install 'llamac[qnn]'", allow_module_level=True)
 
-from llamac.targets.qnn_htp.chunk import cut_chunks
+from llamac.targets.chunk import cut_chunks
 from llamac.targets.qnn_htp.context import SOC_MODELS, ContextBinary, HtpTarget, compile_chunks
 from llamac.targets.qnn_htp.metadata import check_sha256
 from llamac.targets.qnn_htp.simulator import run_binary

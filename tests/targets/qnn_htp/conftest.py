@@ -20,8 +20,8 @@ from llamac.compiler.frontends.meta import from_meta
 from llamac.compiler.llama import ModelOptions, build_llama
 from llamac.compiler.reference import Float64
 from llamac.compiler.reference_model import KvCache, ReferenceModel
+from llamac.targets.chunk import Chunk, cut_chunks
 from llamac.targets.qnn_htp import emitter
-from llamac.targets.qnn_htp.chunk import Chunk, cut_chunks
 from llamac.targets.qnn_htp.context import ContextBinary, compile_chunks, htp_of
 from llamac.targets.soc import load_soc
 
@@ -105,7 +105,7 @@ def real_inputs(
     """What each layer gets for the tokens after the first `num_past`, and the keys before them."""
     model, past = FloatModel(checkpoint), {}
     table = rope_table(checkpoint.config, len(tokens))
-    x, inputs = model._embedding(tokens), []
+    x, inputs = model.embedding(tokens), []
     for layer in range(checkpoint.config.num_layers):
         cache = KvCache("float16")
         inputs.append(x[num_past:])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llamac.runtime.errors import CoverageError
-from llamac.targets.qnn_htp.chunk import Spec, Step, _make_chunk
+from llamac.targets.chunk import Spec, Step, _make_chunk
 
 
 @pytest.mark.parametrize(

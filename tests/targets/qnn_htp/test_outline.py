@@ -10,10 +10,10 @@ from llamac.compiler.frontends.meta import from_meta
 from llamac.compiler.llama import ModelOptions, build_llama
 from llamac.schedules.graph import GraphShape, GraphTensor
 from llamac.schedules.intrin.arm import ArmDotprod
+from llamac.targets.chunk import Chunk, cut_chunks
 from llamac.targets.cpu.plan import plan_program
 from llamac.targets.cpu.selection import select_kernels
 from llamac.targets.program import Program
-from llamac.targets.qnn_htp.chunk import Chunk, cut_chunks
 from llamac.targets.qnn_htp.emitter import interface
 from llamac.targets.qnn_htp.outline import outline
 

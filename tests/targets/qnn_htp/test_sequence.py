@@ -64,7 +64,7 @@ def test_prefill_and_decode_continue_each_other(
             emitter.ROPE_SIN: table[part, None, :, 1:].astype(np.float16),
             emitter.MASK: emitter.mask_rows(position, tokens, CAPACITY),
         }
-        hidden = model._embedding(ids[part]).astype(np.float16)[None]
+        hidden = model.embedding(ids[part]).astype(np.float16)[None]
         for binary in binaries[tokens]:
             mine = {f"layers.{layer}.{side}_cache" for layer in binary.layers for side in "kv"}
             own = {name: caches.tensors[name] for name in mine}

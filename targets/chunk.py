@@ -11,12 +11,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from tvm import relax
 from tvm.ir import IRModule
 
 from llamac.runtime.errors import CoverageError
+
+Labels: TypeAlias = Mapping[str, str]
 
 _OUTSIDE = ("llamac.embedding", "llamac.take_row", "llamac.argmax")
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -53,6 +55,7 @@ class Chunk:
         specs: of every name that the steps use.
         source: the value that enters, the residual stream [T, K].
         sink: the value that leaves, [T, K].
+        labels: of the values, see `value_labels`.
     """
 
     function: str
@@ -62,6 +65,7 @@ class Chunk:
     specs: Mapping[str, Spec]
     source: str
     sink: str
+    labels: Labels
 
     @property
     def name(self) -> str:
@@ -122,7 +126,27 @@ def _make_chunk(
         )
     tokens = specs[entering[0]].shape[0]
     known = {name: specs[name] for name in used | made}
-    return Chunk(function, layers, tokens, tuple(inside), known, entering[0], leaving[0])
+    every = value_labels(steps, specs)
+    labels = {name: every[name] for name in known if name in every}
+    return Chunk(function, layers, tokens, tuple(inside), known, entering[0], leaving[0], labels)
+
+
+def value_labels(steps: Sequence[Step], specs: Mapping[str, Spec]) -> dict[str, str]:
+    """Names of values that are the same in all functions of a model, for what is known of them.
+
+    A step with weights gives its value their name: "tok_embeddings", "layers.0.attention.wq". Any
+    other adds its kind to the label of its last operand: "layers.0.attention.wq.rope", and
+    "layers.0.attention.wo.add" for the residual stream after attention. Values of the caches have
+    no label.
+    """
+    labels: dict[str, str] = {}
+    for step in steps:
+        weights = [n for n in step.args if n.endswith(".weight") and specs[n].is_param]
+        values = [labels[n] for n in step.args if n in labels]
+        kind = step.kind.removeprefix("llamac.")
+        label = weights[0].removesuffix(".weight") if weights else f"{values[-1]}.{kind}"
+        labels[step.results[0]] = label
+    return labels
 
 
 def _with_layers(steps: Sequence[Step]) -> Iterator[tuple[int, Step]]:
