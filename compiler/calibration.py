@@ -14,8 +14,8 @@ from llamac.compiler.config import rope_table
 from llamac.compiler.reference import Float64
 from llamac.compiler.reference_model import KvCache, Observe, ReferenceModel
 from llamac.runtime.errors import UsageError
+from llamac.schedules.quantized import ValueRange
 from llamac.targets.base import Progress
-from llamac.targets.quantized import ValueRange
 
 LEAST_TOKENS = 16
 """Fewer say nothing of what a value may be."""

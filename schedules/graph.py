@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import numpy as np
 from tvm.tirx import PrimFunc
 from tvm.tirx.script.builder import ir as T
 
 from llamac.schedules.intrin.isa import Isa
 from llamac.schedules.kernel import KernelBuilder
+from llamac.schedules.quantized import Quantization
 
 VERSION = 1
 KNOBS: Mapping[str, tuple[int, ...]] = {}
@@ -25,10 +28,27 @@ FAMILY = "graph"
 
 @dataclass(frozen=True)
 class GraphTensor:
-    """A tensor at the edge of a graph, float16."""
+    """A tensor at the edge of a graph; `codes` None: float16."""
 
     name: str
     shape: tuple[int, ...]
+    codes: Quantization | None = None
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> GraphTensor:
+        """Make it from its fields as JSON has them."""
+        codes = fields["codes"]
+        return cls(fields["name"], tuple(fields["shape"]), codes and Quantization(**codes))
+
+    @property
+    def dtype(self) -> str:
+        """Of its elements."""
+        return "float16" if self.codes is None else self.codes.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -62,7 +82,7 @@ class GraphShape:
     def from_fields(cls, fields: Mapping[str, Any]) -> GraphShape:
         """Make it from its fields as JSON has them."""
         sides = {
-            side: tuple(GraphTensor(t["name"], tuple(t["shape"])) for t in fields[side])
+            side: tuple(GraphTensor.from_fields(tensor) for tensor in fields[side])
             for side in ("inputs", "outputs")
         }
         return cls(**{**fields, **sides, "layers": tuple(fields["layers"])})
@@ -81,8 +101,8 @@ def default(shape: GraphShape, isa: Isa) -> dict[str, int]:
 def make(shape: GraphShape, isa: Isa, *, name: str | None = None) -> PrimFunc:
     """Build the call; work = 1. Arguments are the inputs, then the outputs."""
     with KernelBuilder(name or shape.name, 1) as b:
-        tensors = [b.input(t.name.replace(".", "_"), t.shape, "float16") for t in shape.inputs]
-        tensors += [b.output(t.name.replace(".", "_"), t.shape, "float16") for t in shape.outputs]
+        tensors = [b.input(t.name.replace(".", "_"), t.shape, t.dtype) for t in shape.inputs]
+        tensors += [b.output(t.name.replace(".", "_"), t.shape, t.dtype) for t in shape.outputs]
         with b.items():
             T.evaluate(T.call_packed("llamac.graph", shape.file, shape.graph, *tensors))
     return b.func

@@ -74,6 +74,12 @@ class CacheShape:
         )
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Its tensors, in the order of kernels' operands."""
+        scales = ("k_params", "v_params") if self.dtype == "int8" else ()
+        return ("k_cache", "v_cache", *scales)
+
+    @property
     def k_shape(self) -> tuple[int, int, int, int]:
         """Shape of the keys."""
         return (self.kv_heads, self.capacity // self.block, self.head_dim, self.block)

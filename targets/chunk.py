@@ -73,9 +73,10 @@ class Chunk:
         return f"{self.function}_layers_{self.layers[0]}_{self.layers[-1]}"
 
     def caches(self) -> tuple[str, ...]:
-        """Names of the caches, keys before values, layer by layer."""
+        """Names of the caches, keys before values, layer by layer, without scales of rows."""
         attentions = (step for step in self.steps if step.kind == "llamac.attention")
-        return tuple(name for step in attentions for name in step.args[4:])
+        names = (name for step in attentions for name in step.args[4:])
+        return tuple(name for name in names if name.endswith("_cache"))
 
     def linear_layers(self) -> tuple[str, ...]:
         """Layers of the checkpoint whose weights are in it, "layers.0.attention.wq"."""

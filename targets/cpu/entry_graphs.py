@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 
 from llamac.schedules.graph import GraphShape
 from llamac.targets.cpu.entry_text import c_table, c_text
-
-HALF_BYTES = 2
 
 _FUNCTIONS = """\
 static llamac_status open_graphs(const char *folder, void **out, llamac_error *error) {
@@ -42,10 +39,8 @@ def graph_source(graphs: Sequence[GraphShape]) -> list[str]:
         return []
     parts = ['#include "qnn/qnn.h"\n']
     for i, graph in enumerate(graphs):
-        rows = (
-            f"{{{c_text(t.name)}, {HALF_BYTES * prod(t.shape)}}}"
-            for t in (*graph.inputs, *graph.outputs)
-        )
+        tensors = (*graph.inputs, *graph.outputs)
+        rows = (f"{{{c_text(tensor.name)}, {tensor.nbytes}}}" for tensor in tensors)
         parts.append(c_table("const llamac_graph_tensor", f"graph_{i}_tensors", rows))
     parts.append(c_table("const llamac_graph", "graphs", map(_graph, graphs, range(len(graphs)))))
     parts.append(_FUNCTIONS % len(graphs))

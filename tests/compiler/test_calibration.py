@@ -13,8 +13,8 @@ from llamac.compiler.frontends.meta import from_meta
 from llamac.compiler.llama import ModelOptions, build_llama
 from llamac.compiler.reference_model import KvCache, ReferenceModel
 from llamac.runtime.errors import UsageError
+from llamac.schedules.quantized import Quantization, ValueRange
 from llamac.targets.chunk import cut_chunks
-from llamac.targets.quantized import Quantization, ValueRange
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
 

@@ -11,6 +11,7 @@ from llamac.schedules.convert import ConvertShape
 from llamac.schedules.graph import GraphShape, GraphTensor
 from llamac.schedules.kernel import num_outputs, work_items
 from llamac.schedules.positions import MASKED, PositionsShape
+from llamac.schedules.quantized import Quantization
 from llamac.schedules.rope import CacheShape
 from llamac.targets.cpu.entry_graphs import graph_index, graph_source
 
@@ -23,10 +24,26 @@ def test_floats_become_halves_and_back(isa, run_kernel):
     x[0, :6] = [0.0, -0.0, 2.0**-24, 3 * 2.0**-25, 65504.0, 1e6]
     with np.errstate(over="ignore"):
         expected = x.astype(np.float16)
-    [half] = run_kernel(convert.make(ConvertShape(3, 64, "float16"), isa), isa, x)
+    [half] = run_kernel(convert.make(ConvertShape(3, 64, to_graph=True), isa), isa, x)
     assert half.shape == (1, 3, 64) and half.tobytes() == expected.tobytes()
-    [wide] = run_kernel(convert.make(ConvertShape(3, 64, "float32"), isa), isa, half)
+    [wide] = run_kernel(convert.make(ConvertShape(3, 64, to_graph=False), isa), isa, half)
     assert wide.tobytes() == expected.astype(np.float32).tobytes()
+
+
+@pytest.mark.parametrize(
+    "codes", [Quantization("uint16", 0.0003, 30000), Quantization("int16", 0.007)], ids=str
+)
+def test_floats_become_codes_and_back(isa, run_kernel, codes):
+    """Ties to even, clamped at both ends, and the same float32 steps back."""
+    x = RNG(3).uniform(-30, 30, (3, 64)).astype(np.float32)
+    x[0, :5] = [0.0, -0.0, 1e9, -1e9, 2.5 * codes.scale]
+    inverse = np.float32(1) / np.float32(codes.scale)
+    expected = np.clip(np.rint(x * inverse) + np.float32(codes.zero_point), *codes.limits)
+    [got] = run_kernel(convert.make(ConvertShape(3, 64, True, codes), isa), isa, x)
+    assert got.dtype == codes.dtype and np.array_equal(got[0], expected.astype(codes.dtype))
+    [back] = run_kernel(convert.make(ConvertShape(3, 64, False, codes), isa), isa, got)
+    centred = (got[0].astype(np.int32) - codes.zero_point).astype(np.float32)
+    assert back.tobytes() == (centred * np.float32(codes.scale)).tobytes()
 
 
 @pytest.mark.parametrize(("tokens", "first"), [(1, 0), (1, 37), (8, 13), (5, 59)])
@@ -46,6 +63,42 @@ def test_positions(isa, run_kernel, tokens, first):
         seen = {*range(first), *range(64, 64 + token + 1)}
         assert set(np.flatnonzero(row == 0)) == seen
         assert set(row[row != 0]) <= {np.float16(MASKED)}
+
+
+def test_positions_as_codes(isa, run_kernel):
+    """The same as codes; what is masked has the smallest code."""
+    turns, mask = Quantization("uint16", 1 / 32767, 32768), Quantization("uint16", 0.001, 60000)
+    shape = PositionsShape(3, 80, 16, 64, turns, mask)
+    table = RNG(1).uniform(-1, 1, (80, 2, 16)).astype(np.float32)
+    got = run_kernel(positions.make(shape, isa), isa, table, np.array([20, 2], np.int32))
+    inverse = np.float32(1) / np.float32(turns.scale)
+    for part, side in zip(got[:2], (0, 1), strict=True):
+        wanted = np.rint(table[20:23, side, 1::2] * inverse) + np.float32(32768)
+        assert part.dtype == np.uint16
+        assert np.array_equal(part[:, 0, :, 0], wanted.astype(np.uint16))
+    for token, row in enumerate(got[2]):
+        assert set(np.flatnonzero(row == 60000)) == {*range(20), *range(64, 64 + token + 1)}
+        assert set(row[row != 60000]) == {0}
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(1, 31), (7, 12), (16, 48)])
+def test_append_codes(isa, run_kernel, tokens, first):
+    """Codes as they are, and beside each row the one scale, for the kernels of a CPU."""
+    cache = CacheShape(2, 32, 64, "int8")
+    sides = Quantization("int8", 0.03), Quantization("int8", 0.5, 3)
+    k_new, v_new = RNG(2).integers(-128, 128, (2, 2, tokens, 32)).astype(np.int8)
+    k, v = np.full(cache.k_shape, 7, np.int8), np.full(cache.v_shape, 7, np.int8)
+    params = [np.full(cache.params_shape, -1, np.float32) for _ in "kv"]
+    meta = np.array([first, tokens - 1], np.int32)
+    func = append.make(AppendShape(tokens, cache, *sides), isa)
+    run_kernel(func, isa, k_new, v_new, meta, k, v, *params)
+    here = slice(first, first + tokens)
+    keys = k.transpose(0, 1, 3, 2).reshape(2, 64, 32)
+    for side, new, rows, codes in zip((keys, v), (k_new, v_new), params, sides, strict=True):
+        assert np.array_equal(side[:, here], new)
+        assert np.all(np.delete(side, here, axis=1) == 7)
+        assert np.all(rows[:, here] == np.array([codes.scale, codes.zero_point], np.float32))
+        assert np.all(np.delete(rows, here, axis=1) == -1)
 
 
 @pytest.mark.parametrize(("tokens", "first"), [(1, 31), (7, 12), (16, 48)])

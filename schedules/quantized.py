@@ -59,11 +59,16 @@ class Quantization:
         zero = int(np.clip(round(codes.min - low / scale), codes.min, codes.max))
         return cls(dtype, scale, zero)
 
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The first and the last code."""
+        limits = np.iinfo(self.dtype)
+        return int(limits.min), int(limits.max)
+
     def quantize(self, values: NDArray[Any]) -> NDArray[Any]:
         """Codes of values: nearest, ties to even, clamped."""
         codes = np.rint(np.asarray(values, np.float64) / self.scale) + self.zero_point
-        limits = np.iinfo(self.dtype)
-        return np.asarray(np.clip(codes, limits.min, limits.max).astype(self.dtype))
+        return np.asarray(np.clip(codes, *self.limits).astype(self.dtype))
 
     def dequantize(self, codes: NDArray[Any]) -> NDArray[np.float64]:
         """Values of codes."""
