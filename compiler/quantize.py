@@ -1,7 +1,8 @@
 """Weight quantizers of our own: float weights in, tensors as Meta's checkpoints hold them out.
 
-llamac compiles checkpoints that somebody else quantized and never requantizes them. This module
-makes such checkpoints from a float model, for the example model and for tests:
+llamac compiles checkpoints that somebody else quantized. This module makes such checkpoints from a
+float model, for the example model and for tests; `requantize.py` has the schemes of processors that
+cannot read them as they are.
 
     ptq         int4 group-32, nothing else
     spinquant   rotate so that no feature stands out, fold the norms, then int4 group-32
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ from llamac.runtime.errors import ModelUnsupported
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Tensors = dict[str, NDArray[Any]]
+FloatT = TypeVar("FloatT", np.float32, np.float64)
 
 GROUP_SIZE = 32
 LORA = LoraConfig(rank=16, scale=2.0)
@@ -39,6 +41,18 @@ EMBEDDING, OUTPUT, FINAL_NORM = "tok_embeddings.weight", "output.weight", "norm.
 
 _F32 = np.float32
 _MIN_SCALE = _F32(np.finfo(np.float32).eps)
+
+
+class CodeSpan(NamedTuple):
+    """The smallest and the largest integer that a weight's code may be."""
+
+    low: int
+    high: int
+
+
+# Meta's int4 files use the code -8. Its mirror image for int8, -128, would buy 0.4 % of a step.
+INT4 = CodeSpan(-8, 7)
+INT8 = CodeSpan(-127, 127)
 
 
 class Codes(NamedTuple):
@@ -73,7 +87,7 @@ def quantize_int4(weight: NDArray[Any], group: int = GROUP_SIZE) -> Codes:
     groups = np.asarray(weight, _F32).reshape(len(weight), -1, group)
     low, high = np.minimum(groups.min(-1), _F32(0)), np.maximum(groups.max(-1), _F32(0))
     scales = _symmetric_scales(np.maximum(-low, high), 7.5)
-    codes = np.clip(np.rint(groups * (_F32(1) / scales)[..., None]), -8, 7)
+    codes = nearest_codes(groups, scales[..., None], INT4)
     return Codes(codes.astype(np.int8).reshape(np.shape(weight)), scales)
 
 
@@ -85,8 +99,26 @@ def quantize_int8(weight: NDArray[Any]) -> Codes:
     """
     values = np.asarray(weight, _F32)
     scales = _symmetric_scales(np.abs(values).max(-1, keepdims=True), 127)
-    codes = np.clip(np.rint(values * (_F32(1) / scales)), -127, 127)
-    return Codes(codes.astype(np.int8), scales)
+    return Codes(nearest_codes(values, scales, INT8).astype(np.int8), scales)
+
+
+def nearest_codes(
+    values: NDArray[FloatT], scales: NDArray[FloatT], span: CodeSpan
+) -> NDArray[FloatT]:
+    """The codes nearest to `values / scales`, ties to even: the rounding rule of all weights.
+
+    Args:
+        values: [..., K] float32 or float64, finite.
+        scales: of the same dtype, above 0; broadcast against `values`.
+        span: the codes that there are.
+
+    Returns:
+        Whole numbers within `span`, of the dtype of `values`.
+    """
+    codes: NDArray[Any] = values * (1 / scales)
+    np.rint(codes, out=codes)
+    np.clip(codes, span.low, span.high, out=codes)
+    return codes
 
 
 def _symmetric_scales(largest: Float32, steps: float) -> Float32:
