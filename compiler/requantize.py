@@ -69,7 +69,7 @@ class PerChannel:
 
     def dequantize(self) -> Float64:
         """The weights that the codes stand for, [N, K], exact products."""
-        return self.codes * self.scales.astype(np.float64)[:, None]
+        return widen(self.codes) * widen(self.scales)[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +88,11 @@ class Lpbq:
 
     def group_scales(self) -> Float64:
         """The scale of every group, [N, K / 32], exact products."""
-        return self.multipliers * self.row_scales.astype(np.float64)[:, None]
+        return widen(self.multipliers) * widen(self.row_scales)[:, None]
 
     def dequantize(self) -> Float64:
         """The weights that the codes stand for, [N, K], exact products."""
-        return self.codes * np.repeat(self.group_scales(), LPBQ_GROUP, axis=1)
+        return widen(self.codes) * np.repeat(self.group_scales(), LPBQ_GROUP, axis=1)
 
 
 def quantize_per_channel(
@@ -193,7 +193,7 @@ def weights_of(weight: NDArray[Any] | Codes) -> Float64:
     """
     if isinstance(weight, Codes):
         group = weight.codes.shape[1] // weight.scales.shape[1]
-        values = weight.codes * np.repeat(weight.scales.astype(np.float64), group, axis=1)
+        values = widen(weight.codes) * np.repeat(widen(weight.scales), group, axis=1)
     else:
         values = widen(weight)
     largest = float(np.abs(values).max(initial=0))
