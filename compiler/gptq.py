@@ -214,7 +214,8 @@ class _Factor(NamedTuple):
     """U of the damped H = U U^T.
 
     Attributes:
-        upper: [K, K], rows and columns in `order`; what lies below the diagonal means nothing.
+        upper: [K, K], rows and columns in `order`. Squares of `_FACTOR_BLOCK` on the
+            diagonal are zero below it; what lies under those squares means nothing.
         order: [K], the columns of the weight in the order in which they are taken.
         added: what damping added to the diagonal of H.
     """
@@ -339,6 +340,6 @@ class _Compensation:
         for columns in _blocks(len(errors), _FACTOR_BLOCK):
             before = slice(0, columns.start)
             term = upper[before, columns].T @ errors[before]
-            term += np.triu(upper[columns, columns]).T @ errors[columns]
+            term += upper[columns, columns].T @ errors[columns]
             total += np.square(term).sum(0)
         return total

@@ -11,7 +11,7 @@ from llamac.tools.weight_schemes import SCHEMES, main
 
 def test_every_scheme_is_measured(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(checkout / "examples" / "tiny-llama" / "spinquant")
-    assert main([folder, "--texts", "8"]) == 0
+    assert main([folder, "--texts", "16"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert "outputs dB" in head
     figures = {line[:38].strip(): [float(word) for word in line[38:].split()] for line in lines}
@@ -20,7 +20,7 @@ def test_every_scheme_is_measured(checkout: Path, capsys: pytest.CaptureFixture[
     for bits in ("int8", "int4"):
         alone, compensated = figures[f"{bits} per channel"], figures[f"{bits} per channel, GPTQ"]
         assert compensated[0] < alone[0]  # the weights are further off, the outputs nearer
-        assert compensated[1] > alone[1] + 0.5
+        assert compensated[1] > alone[1] + 0.2
 
 
 def test_a_missing_checkpoint_is_reported(
