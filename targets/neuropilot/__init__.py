@@ -1,0 +1,1 @@
+"""MediaTek's APU through NeuroPilot: parts of the plug-in "neuropilot"."""

@@ -1,0 +1,63 @@
+"""Modules beside the tests of MediaTek's APU; test folders are no packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+NEEDED = "optional extra: pip install ai-edge-litert==2.3.0"
+
+
+def _load(name: str) -> ModuleType:
+    full = f"llamac_tests_{name}"
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[full] = module
+        spec.loader.exec_module(module)
+    return sys.modules[full]
+
+
+@pytest.fixture(scope="session")
+def small_tflite() -> ModuleType:
+    """The module `small_tflite.py`."""
+    pytest.importorskip("ai_edge_litert", reason=NEEDED)
+    return _load("small_tflite")
+
+
+@pytest.fixture(scope="session")
+def official_plugin() -> ModuleType:
+    """The module `official_plugin.py`."""
+    return _load("official_plugin")
+
+
+@pytest.fixture(scope="session")
+def adapter_double(official_plugin: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recording test double, as the library libneuron_adapter.so."""
+    library: Path = official_plugin.build_double(tmp_path_factory.mktemp("double"))
+    return library
+
+
+@pytest.fixture
+def run_official_plugin(
+    official_plugin: ModuleType, adapter_double: Path, tmp_path: Path
+) -> Callable[..., Any]:
+    """Run LiteRT's plug-in for MediaTek: run(tflite, soc, **variables) -> PluginRun."""
+    pytest.importorskip("ai_edge_litert", reason=NEEDED)
+
+    def run(tflite: Path, soc: str, **variables: str) -> Any:
+        folder = tmp_path / f"{tflite.stem}-{soc}"
+        folder.mkdir()
+        return official_plugin.run_official_plugin(
+            tflite, soc, folder, double=adapter_double, **variables
+        )
+
+    return run
