@@ -43,7 +43,9 @@ enum {
   NEURON_TENSOR_QUANT8_SYMM_PER_CHANNEL = 11,
   NEURON_TENSOR_QUANT8_SYMM = 13,
   NEURON_TENSOR_QUANT8_ASYMM_SIGNED = 14,
-  NEURON_TENSOR_QUANT4_SYMM_PER_CHANNEL = 9011 /* one code a byte; from version 9 on */
+  /* From version 9 of the adapter on: */
+  NEURON_TENSOR_QUANT4_SYMM_PER_CHANNEL = 9011, /* one code a byte */
+  NEURON_TENSOR_INT32_SYMM_PER_CHANNEL = 9014   /* biases */
 };
 
 enum { NEURON_FIRST_MAJOR_WITH_QUANT4 = 9 };
