@@ -72,7 +72,7 @@ int next_number(int kind) {
   return ++numbers[kind];
 }
 
-static uint32_t crc32(const uint8_t *data, size_t bytes) {
+uint32_t crc32(const uint8_t *data, size_t bytes) {
   uint32_t crc = 0xffffffff;
   for (size_t i = 0; i < bytes; i++) {
     crc ^= data[i];

@@ -53,6 +53,8 @@ void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void say_list(const char *name, const uint32_t *list, uint32_t count);
 void say_bytes(const void *data, size_t bytes);
 
+uint32_t crc32(const uint8_t *data, size_t bytes);
+
 /* Ends the line. Returns the code that NEURON_DOUBLE_FAIL wants of the function, else `code`. */
 int end(const char *function, int code);
 

@@ -150,7 +150,12 @@ EXPORT int NeuronModel_restoreFromCompiledNetwork(neuron_model **model,
       (*compilation)->id);
   say_bytes(network, bytes);
   int code = end(__func__, parse(*model, network, bytes) ? NEURON_OK : NEURON_BAD_DATA);
-  if (code == NEURON_OK) return code;
+  if (code == NEURON_OK) { /* looked at again in each call: must stay where it is */
+    (*model)->operands[0].value = network;
+    (*model)->operands[0].bytes = bytes;
+    (*model)->operands[0].crc = crc32(network, bytes);
+    return code;
+  }
   free(*compilation), free(*model);
   *compilation = NULL, *model = NULL;
   return code;
