@@ -70,8 +70,10 @@ static void *open_first(const char *folder, const char **name, llamac_error *err
     if (library != NULL) return library;
     const char *said = dlerror();
     /* One that is there and cannot be loaded is the reason, not one that is not there. */
-    if (folder != NULL && access(path, F_OK) == 0 && said != NULL)
-      snprintf(reason, sizeof reason, "%s", said);
+    if (folder != NULL && access(path, F_OK) == 0 && said != NULL) {
+      bool repeats = strncmp(said, path, (size_t)length) == 0;
+      snprintf(reason, sizeof reason, "%s", said + (repeats ? strlen(folder) + 1 : 0));
+    }
   }
   llamac_fail(error, LLAMAC_ERROR_ACCELERATOR,
               "neuron library-missing: no MediaTek adapter (%s, ...) in %.60s (%s): %s", NAMES[0],

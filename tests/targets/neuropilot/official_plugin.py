@@ -143,7 +143,7 @@ def read_models(calls: Sequence[Call]) -> list[Model]:
         if call.function == "NeuronModel_create":
             models.append(numbers.setdefault(call.values["model"], Model()))
         elif call.function == "NeuronModel_free":
-            del numbers[call.values["model"]]
+            numbers.pop(call.values["model"], None)
         elif call.values["model"] in numbers:
             _add_call(numbers[call.values["model"]], call)
     return models
