@@ -176,6 +176,14 @@ def _add_call(model: Model, call: Call) -> None:
             model.is_finished = True
 
 
+def _package() -> Path:
+    """The folder of ai-edge-litert."""
+    spec = importlib.util.find_spec("ai_edge_litert")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
 def run_official_plugin(
     tflite: Path, soc: str, folder: Path, *, double: Path | None = None, **variables: str
 ) -> PluginRun:
@@ -188,12 +196,8 @@ def run_official_plugin(
         double: from `build_double`; None builds one.
         variables: for the double, `NEURON_DOUBLE_...`; without a version, ADAPTER_VERSIONS'.
     """
-    spec = importlib.util.find_spec("ai_edge_litert")
-    assert spec is not None
-    assert spec.origin is not None
-    package = Path(spec.origin).parent
     double = double or build_double(folder)
-    log = folder / "calls.log"
+    package, log = _package(), folder / "calls.log"
     command = [
         str(package / "tools" / "apply_plugin_main"),
         "--cmd=apply",

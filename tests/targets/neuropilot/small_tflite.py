@@ -121,75 +121,87 @@ class SmallTflite:
 
 
 ROWS, WIDTH, HEADS = 4, 8, 2
+SHAPE = (1, ROWS, WIDTH)
+NUM_OPS = 17
+"""Operations of `write_every_op`."""
 
 
 def write_every_op(path: Path, weights: str = "INT8") -> Path:
-    """A model with each operation that is translated, int16 activations, one float32 detour.
+    """A model with each operation that is translated, int16 activations, float32 at one end.
 
     Args:
         path: of the file.
         weights: of FULLY_CONNECTED, per channel: "INT8" or "INT4".
     """
-    rng = np.random.default_rng(7)
     m = SmallTflite()
-    x = m.tensor("x", (1, ROWS, WIDTH), scale=1e-3)
-    past = m.tensor("past", (1, ROWS, WIDTH), scale=1e-3)
+    x, past = m.tensor("x", SHAPE, scale=1e-3), m.tensor("past", SHAPE, scale=1e-3)
+    query, key = _add_linear(m, _add_norm(m, x), weights)
+    probabilities = _add_attention(m, query)
+    both, real = _add_gate(m, past, key)
+    return m.write(path, [x, past], [probabilities, both, real])
 
-    # RMSNorm: x * rsqrt(mean(x * x) + epsilon)
-    squares = m.tensor("squares", (1, ROWS, WIDTH), scale=2e-3)
+
+def _integers(m: SmallTflite, name: str, *values: int) -> int:
+    return m.tensor(name, (len(values),), "INT32", data=np.array(values, np.int32))
+
+
+def _add_norm(m: SmallTflite, x: int) -> int:
+    """x * rsqrt(mean(x * x) + epsilon)"""
+    squares = m.tensor("squares", SHAPE, scale=2e-3)
     m.op("MUL", [x, x], [squares])
-    axis = m.tensor("axis", (1,), "INT32", data=np.array([2], np.int32))
     mean = m.tensor("mean", (1, ROWS, 1), scale=2e-3)
-    m.op("MEAN", [squares, axis], [mean], {"keepDims": True})
+    m.op("MEAN", [squares, _integers(m, "axis", 2)], [mean], {"keepDims": True})
     epsilon = m.tensor("epsilon", (1,), scale=1e-5, data=np.array([1], np.int16))
     shifted = m.tensor("shifted", (1, ROWS, 1), scale=2e-3)
     m.op("ADD", [mean, epsilon], [shifted])
     root = m.tensor("root", (1, ROWS, 1), scale=3e-3)
     m.op("RSQRT", [shifted], [root])
-    norm = m.tensor("norm", (1, ROWS, WIDTH), scale=4e-3)
+    norm = m.tensor("norm", SHAPE, scale=4e-3)
     m.op("MUL", [x, root], [norm])
+    return norm
 
-    codes = rng.integers(-7, 8, (WIDTH, WIDTH)).astype(np.int8)
+
+def _add_linear(m: SmallTflite, x: int, dtype: str) -> tuple[int, int]:
+    """The same weights twice, with a bias and without."""
+    codes = np.random.default_rng(7).integers(-7, 8, (WIDTH, WIDTH)).astype(np.int8)
     scales = [0.01 + 0.001 * i for i in range(WIDTH)]
-    wide = codes if weights == "INT4" else (codes * 18).astype(np.int8)
-    weight = m.tensor("weight", (WIDTH, WIDTH), weights, scales, wide)
+    wide = codes if dtype == "INT4" else (codes * 18).astype(np.int8)
+    weight = m.tensor("weight", (WIDTH, WIDTH), dtype, scales, wide)
     bias_scales = [4e-3 * scale for scale in scales]
     bias = m.tensor("bias", (WIDTH,), "INT64", bias_scales, np.arange(WIDTH, dtype=np.int64))
-    query = m.tensor("query", (1, ROWS, WIDTH), scale=5e-3)
-    m.op("FULLY_CONNECTED", [norm, weight, bias], [query], {"keepNumDims": True})
-    key = m.tensor("key", (1, ROWS, WIDTH), scale=5e-3)
-    m.op("FULLY_CONNECTED", [norm, weight, -1], [key], {"keepNumDims": True})
+    query, key = (m.tensor(name, SHAPE, scale=5e-3) for name in ("query", "key"))
+    m.op("FULLY_CONNECTED", [x, weight, bias], [query], {"keepNumDims": True})
+    m.op("FULLY_CONNECTED", [x, weight, -1], [key], {"keepNumDims": True})
+    return query, key
 
-    # heads, and attention over the past
-    heads_shape = m.tensor(
-        "heads shape", (4,), "INT32", data=np.array([1, ROWS, HEADS, WIDTH // HEADS], np.int32)
-    )
-    split = m.tensor("split", (1, ROWS, HEADS, WIDTH // HEADS), scale=5e-3)
-    m.op("RESHAPE", [query, heads_shape], [split])
-    order = m.tensor("order", (4,), "INT32", data=np.array([0, 2, 1, 3], np.int32))
-    heads = m.tensor("heads", (1, HEADS, ROWS, WIDTH // HEADS), scale=5e-3)
-    m.op("TRANSPOSE", [split, order], [heads])
+
+def _add_attention(m: SmallTflite, query: int) -> int:
+    """Probabilities of heads that look at themselves."""
+    size = WIDTH // HEADS
+    split = m.tensor("split", (1, ROWS, HEADS, size), scale=5e-3)
+    m.op("RESHAPE", [query, _integers(m, "heads shape", 1, ROWS, HEADS, size)], [split])
+    heads = m.tensor("heads", (1, HEADS, ROWS, size), scale=5e-3)
+    m.op("TRANSPOSE", [split, _integers(m, "order", 0, 2, 1, 3)], [heads])
     scores = m.tensor("scores", (1, HEADS, ROWS, ROWS), scale=6e-3)
     m.op("BATCH_MATMUL", [heads, heads], [scores], {"adjY": True})
-    weights_of_heads = m.tensor("probabilities", (1, HEADS, ROWS, ROWS), scale=1 / 32768)
-    m.op("SOFTMAX", [scores], [weights_of_heads], {"beta": 1.0})
-    both = m.tensor("both", (1, 2 * ROWS, WIDTH), scale=5e-3)
-    level = m.tensor("level", (1, ROWS, WIDTH), scale=5e-3)
+    probabilities = m.tensor("probabilities", (1, HEADS, ROWS, ROWS), scale=1 / 32768)
+    m.op("SOFTMAX", [scores], [probabilities], {"beta": 1.0})
+    return probabilities
+
+
+def _add_gate(m: SmallTflite, past: int, key: int) -> tuple[int, int]:
+    """Rows behind others, and something of the last ones as float32."""
+    level = m.tensor("level", SHAPE, scale=5e-3)
     m.op("QUANTIZE", [past], [level])
+    both = m.tensor("both", (1, 2 * ROWS, WIDTH), scale=5e-3)
     m.op("CONCATENATION", [level, key], [both], {"axis": 1})
-
-    begin = m.tensor("begin", (3,), "INT32", data=np.array([0, ROWS, 0], np.int32))
-    size = m.tensor("size", (3,), "INT32", data=np.array([1, ROWS, WIDTH], np.int32))
-    last = m.tensor("last", (1, ROWS, WIDTH), scale=5e-3)
+    last = m.tensor("last", SHAPE, scale=5e-3)
+    begin, size = _integers(m, "begin", 0, ROWS, 0), _integers(m, "size", *SHAPE)
     m.op("SLICE", [both, begin, size], [last])
-    gate = m.tensor("gate", (1, ROWS, WIDTH), scale=1 / 32768)
+    gate = m.tensor("gate", SHAPE, scale=1 / 32768)
     m.op("LOGISTIC", [last], [gate])
-    difference = m.tensor("difference", (1, ROWS, WIDTH), scale=5e-3)
+    difference = m.tensor("difference", SHAPE, scale=5e-3)
     m.op("SUB", [last, gate], [difference])
-    real = m.tensor("real", (1, ROWS, WIDTH), "FLOAT32")
+    real = m.tensor("real", SHAPE, "FLOAT32")
     m.op("DEQUANTIZE", [difference], [real])
-    return m.write(path, [x, past], [weights_of_heads, both, real])
-
-
-NUM_OPS = 17
-"""Operations of `write_every_op`."""
+    return both, real
