@@ -139,9 +139,29 @@ def link_harness(out: Path, target: str, *cflags: str) -> None:
 
 
 @pytest.fixture(scope="session")
+def neuron_sources() -> list[Path]:
+    """The C files of the runner."""
+    return HARNESS_SOURCES[1:]
+
+
+@pytest.fixture(scope="session")
 def link() -> Callable[..., None]:
     """Link the harness: link(out, target, *flags)."""
     return link_harness
+
+
+@pytest.fixture(scope="session")
+def arm64(
+    devices: Path, official_plugin: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Path | str], Path]:
+    """The command that runs the harness as a phone's CPU would, and the double for it."""
+    sysroot = devices / "arm64-python" / "sysroot"
+    if not sysroot.is_dir():
+        pytest.skip("no arm64 system with glibc: make devices")
+    folder, target = tmp_path_factory.mktemp("arm64"), "aarch64-linux-gnu.2.28"
+    link_harness(folder / "harness", target)
+    double = official_plugin.build_double(folder, target=target)
+    return ["qemu-aarch64", "-L", sysroot, folder / "harness"], double
 
 
 @pytest.fixture(scope="session")

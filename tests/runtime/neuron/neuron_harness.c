@@ -1,14 +1,15 @@
 /* Opens the graphs of a text file, calls each of them, and writes what came out.
  *
  *     neuron_harness TABLE FOLDER CACHE INPUTS OUTPUTS CALLS THREADS
- *     neuron_harness read NETWORK...
+ *     neuron_harness hash FILE...
  *     neuron_harness fuzz NETWORK SEED COUNT
  *
  * TABLE: for each graph "NAME FILE BYTES SHA256 SOC NUM_INPUTS NUM_OUTPUTS", then for each tensor
  * "NAME BYTES DTYPE_CODE DTYPE_BITS". CACHE: "-" is none. INPUTS: raw inputs of all graphs, one
  * after the other; OUTPUTS: the same of the outputs, as the first thread has them.
  *
- * "read" checks network files. "fuzz" changes bytes of one and builds what the reader still accepts.
+ * "hash" prints the SHA-256 of files. "fuzz" changes bytes of a network and builds what the
+ * reader still accepts.
  */
 #include "internal.h"
 #include "neuron/neuron_internal.h"
@@ -167,7 +168,7 @@ static bool accepts(const uint8_t *data, uint64_t bytes, const llamac_neuron_lib
   must(network.data != NULL, "no memory");
   memcpy(network.data, data, bytes);
   bool good = llamac_network_read(&network, "file", error) == LLAMAC_OK;
-  if (good && library != NULL) {
+  if (good) {
     llamac_neuron_built built = {0};
     if (llamac_neuron_build(library, &network, "graph", &built, error) == LLAMAC_OK)
       llamac_neuron_free(library, &built);
@@ -176,12 +177,14 @@ static bool accepts(const uint8_t *data, uint64_t bytes, const llamac_neuron_lib
   return good;
 }
 
-static int read_all(int num, char **paths) {
+static int hash_all(int num, char **paths) {
   for (int i = 0; i < num; i++) {
-    llamac_error error;
     uint64_t bytes;
-    uint8_t *data = read_file(paths[i], &bytes);
-    printf("%s\n", accepts(data, bytes, NULL, &error) ? "accepted" : error.message);
+    uint8_t *data = read_file(paths[i], &bytes), hash[LLAMAC_SHA256_BYTES];
+    char text[65];
+    llamac_sha256(data, bytes, hash);
+    llamac_sha256_text(hash, text);
+    printf("%s\n", text);
     free(data);
   }
   return 0;
@@ -220,7 +223,7 @@ static int fuzz(char **argv) {
 }
 
 int main(int argc, char **argv) {
-  if (argc >= 3 && strcmp(argv[1], "read") == 0) return read_all(argc - 2, argv + 2);
+  if (argc >= 3 && strcmp(argv[1], "hash") == 0) return hash_all(argc - 2, argv + 2);
   if (argc == 5 && strcmp(argv[1], "fuzz") == 0) return fuzz(argv + 2);
   must(argc == 8, "arguments");
   return open_and_call(argv + 1);

@@ -6,7 +6,8 @@ what its APU computes, is not tested here.
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import re
 import subprocess
 import zlib
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from llamac.targets.bionic import NDK_VARIABLE, link_for_bionic
+from llamac.targets.toolchain import find_toolchain
 
 FULLY_CONNECTED = 9
 INT32, INT8_PER_CHANNEL, INT4_PER_CHANNEL, INT32_PER_CHANNEL = 4, 11, 9011, 9014
@@ -230,17 +234,90 @@ def test_nothing_is_leaked_or_overrun(
     assert "network-missing" in outcome.text
 
 
+@pytest.mark.parametrize("num_bytes", [0, 1, 55, 56, 63, 64, 65, 119, 120, 128, 5000])
+def test_hashes(num_bytes: int, harness: Path, tmp_path: Path) -> None:
+    assert _hash_of([harness], tmp_path, num_bytes)
+
+
 @pytest.mark.needs("qemu-aarch64")
-def test_aarch64_says_what_is_missing(
+def test_hashes_by_instructions_of_arm(link: Callable[..., None], tmp_path: Path) -> None:
+    """They are in the program, and right."""
+    link(tmp_path / "harness", "aarch64-linux-musl", "-static")
+    for num_bytes in (0, 63, 64, 119, 120, 5000):
+        assert _hash_of(["qemu-aarch64", tmp_path / "harness"], tmp_path, num_bytes)
+    trace = tmp_path / "trace"
+    assert _hash_of(
+        ["qemu-aarch64", "-d", "in_asm", "-D", trace, tmp_path / "harness"], tmp_path, 64
+    )
+    assert re.search(r"\bsha256h2?\b", trace.read_text("utf-8", "replace"))
+
+
+def _hash_of(command: list[Path | str], folder: Path, num_bytes: int) -> bool:
+    data = np.random.default_rng(num_bytes).bytes(num_bytes)
+    (folder / "data").write_bytes(data)
+    done = subprocess.run(
+        [*command, "hash", folder / "data"], capture_output=True, text=True, check=True
+    )
+    return done.stdout == hashlib.sha256(data).hexdigest() + "\n"
+
+
+# ---- Arm ----
+
+
+@pytest.mark.needs("qemu-aarch64")
+def test_arm64_compiles_and_restores(
+    arm64: tuple[list[Path | str], Path], run: Run, graphs: dict[str, Any], tmp_path: Path
+) -> None:
+    """The same calls as here, on the processor that phones have."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    command, double = arm64
+    options: dict[str, Any] = {"command": command, "libraries": double.parent, "cache": cache}
+    here = run([graphs["INT4"]], NEURON_DOUBLE_VERSION="9.0.0")
+    there = run([graphs["INT4"]], NEURON_DOUBLE_VERSION="9.0.0", **options)
+    assert there.text == "compiled\nok\n"
+    assert there.models == here.models
+    assert there.outputs == expected_outputs(graphs["INT4"])
+    again = run([graphs["INT4"]], NEURON_DOUBLE_VERSION="9.0.0", **options)
+    assert again.text == "restored\nok\n"
+    assert again.outputs == there.outputs
+
+
+@pytest.mark.needs("qemu-aarch64")
+def test_arm64_says_what_is_missing(
     link: Callable[..., None],
     run: Run,
     refused: Callable[..., None],
     graphs: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    """It links for both C libraries; the static one runs here as far as to the message."""
-    link(tmp_path / "gnu", "aarch64-linux-gnu.2.28")
+    """With musl, linked statically, it comes as far as to the message."""
     link(tmp_path / "musl", "aarch64-linux-musl", "-static")
-    command = [shutil.which("qemu-aarch64") or "", tmp_path / "musl"]
+    command = ["qemu-aarch64", tmp_path / "musl"]
     outcome = run([graphs["INT8"]], libraries=tmp_path, command=command)
     refused(outcome, "library-missing", "LLAMAC_NEURON_LIBRARIES")
+
+
+def test_it_links_for_android(
+    neuron_sources: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the names that bionic has, and no others."""
+    monkeypatch.delenv(NDK_VARIABLE, raising=False)
+    toolchain = find_toolchain()
+    if not toolchain.is_zig:
+        pytest.skip("missing program: ziglang")
+    functions = "llamac_neuron_open, llamac_neuron_call, llamac_neuron_close, llamac_neuron_origin"
+    (tmp_path / "entry.c").write_text(
+        f'#include "neuron/neuron.h"\nLLAMAC_API const void *const functions[] = {{{functions}}};\n'
+    )
+    link_for_bionic(
+        toolchain,
+        sources=[tmp_path / "entry.c", *neuron_sources],
+        objects=[],
+        include_dirs=[neuron_sources[0].parents[1]],
+        out=tmp_path / "libneuron.so",
+        soname="libneuron.so",
+        exports=["functions"],
+    )
+    data = (tmp_path / "libneuron.so").read_bytes()
+    assert all(name in data for name in (b"\0libdl.so\0", b"\0dlopen\0", b"\0mkstemp\0"))

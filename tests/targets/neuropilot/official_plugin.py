@@ -19,6 +19,7 @@ from pathlib import Path
 import llamac.runtime
 from llamac.targets.toolchain import find_toolchain, link_shared
 
+HOST = "x86_64-linux-gnu.2.28"
 NEURON_C = Path(llamac.runtime.__file__).parent / "c" / "neuron"
 DOUBLE_SOURCES = sorted(
     (Path(__file__).parents[2] / "runtime" / "neuron").glob("adapter_double*.c")
@@ -100,19 +101,17 @@ class PluginRun:
     text: str
 
 
-def build_double(
-    folder: Path, name: str = "libneuron_adapter.so", exports: Sequence[str] = ()
-) -> Path:
+def build_double(folder: Path, *, target: str = HOST, exports: Sequence[str] = ()) -> Path:
     """Build the double under the name of an adapter; `exports`: only these functions."""
-    library = folder / name
+    library = folder / "libneuron_adapter.so"
     link_shared(
         find_toolchain(),
         sources=DOUBLE_SOURCES,
         objects=(),
         include_dirs=[NEURON_C],
         out=library,
-        target="x86_64-linux-gnu.2.28",
-        soname=name,
+        target=target,
+        soname=library.name,
         cflags=("-Wall", "-Wextra", "-Werror"),
         exports=exports,
     )
