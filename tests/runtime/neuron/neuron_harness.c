@@ -112,6 +112,16 @@ static void *run(void *thread) {
   return NULL;
 }
 
+/* Nothing that was mapped is left. */
+static void check_maps(void) {
+  char line[4096];
+  FILE *file = fopen("/proc/self/maps", "r");
+  must(file != NULL, "no maps");
+  while (fgets(line, sizeof line, file) != NULL)
+    must(strstr(line, ".neuron") == NULL, "a file is still mapped");
+  fclose(file);
+}
+
 static void write_outputs(const char *path) {
   FILE *file = fopen(path, "wb");
   must(file != NULL, "cannot write");
@@ -131,6 +141,7 @@ static int open_and_call(char **argv) {
   llamac_error error;
   if (llamac_neuron_open(graphs, count, argv[1], cache, &opened, &error) != LLAMAC_OK) {
     must(opened == NULL, "failed and left graphs");
+    check_maps();
     printf("open failed %d: %s\n", (int)error.status, error.message);
     return 1;
   }
@@ -140,6 +151,7 @@ static int open_and_call(char **argv) {
   run(0);
   for (int t = 1; t < num_threads; t++) pthread_join(threads[t], NULL);
   llamac_neuron_close(opened);
+  check_maps();
   write_outputs(argv[4]);
   for (int t = 0; t < num_threads; t++)
     for (uint32_t g = 0; g < count; g++)
@@ -161,6 +173,16 @@ static uint8_t *read_file(const char *path, uint64_t *bytes) {
   return data;
 }
 
+/* Reads all that messages may read. */
+static size_t walk_names(const llamac_network *network) {
+  size_t bytes = strlen(network->names + network->header->options);
+  for (uint32_t i = 0; i < network->header->num_operands; i++)
+    bytes += strlen(network->names + network->operands[i].name);
+  for (uint32_t i = 0; i < network->header->num_operations; i++)
+    bytes += strlen(network->names + network->operations[i].name);
+  return bytes;
+}
+
 /* In memory of exactly its size, so that a sanitizer sees every byte that is read behind it. */
 static bool accepts(const uint8_t *data, uint64_t bytes, const llamac_neuron_library *library,
                     llamac_error *error) {
@@ -169,6 +191,7 @@ static bool accepts(const uint8_t *data, uint64_t bytes, const llamac_neuron_lib
   memcpy(network.data, data, bytes);
   bool good = llamac_network_read(&network, "file", error) == LLAMAC_OK;
   if (good) {
+    must(walk_names(&network) < UINT64_C(1) << 40, "names");
     llamac_neuron_built built = {0};
     if (llamac_neuron_build(library, &network, "graph", &built, error) == LLAMAC_OK)
       llamac_neuron_free(library, &built);
