@@ -206,9 +206,7 @@ llamac_status llamac_neuron_build(const llamac_neuron_library *library,
     return llamac_fail(error, LLAMAC_ERROR_MEMORY, "neuron out-of-memory: graph %.60s", graph);
   llamac_status status = build_model(&builder);
   if (status == LLAMAC_OK) status = check_operations(&builder);
-  if (status == LLAMAC_OK) status = compile(&builder);
-  if (status != LLAMAC_OK) llamac_neuron_free(library, built);
-  return status;
+  return status == LLAMAC_OK ? compile(&builder) : status;
 }
 
 void llamac_neuron_free(const llamac_neuron_library *library, llamac_neuron_built *built) {

@@ -82,7 +82,8 @@ typedef struct {
   uint64_t restored_bytes;
 } llamac_neuron_built;
 
-/* Builds the network's model and compiles it. The network must stay mapped until it is freed. */
+/* Builds the network's model and compiles it. The network must stay mapped until it is freed; what
+ * there is after a failure has to be freed, too. */
 llamac_status llamac_neuron_build(const llamac_neuron_library *library,
                                   const llamac_network *network, const char *graph,
                                   llamac_neuron_built *built, llamac_error *error);

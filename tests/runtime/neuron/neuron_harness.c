@@ -193,8 +193,8 @@ static bool accepts(const uint8_t *data, uint64_t bytes, const llamac_neuron_lib
   if (good) {
     must(walk_names(&network) < UINT64_C(1) << 40, "names");
     llamac_neuron_built built = {0};
-    if (llamac_neuron_build(library, &network, "graph", &built, error) == LLAMAC_OK)
-      llamac_neuron_free(library, &built);
+    llamac_neuron_build(library, &network, "graph", &built, error);
+    llamac_neuron_free(library, &built);
   }
   free(network.data);
   return good;
