@@ -22,7 +22,7 @@
 
 /* ---- The log ---------------------------------------------------------------------------------- */
 
-static char line[1 << 16];
+static char line[1 << 20]; /* scales of thousands of channels fit */
 static size_t used;
 
 void say(const char *format, ...) {
@@ -73,11 +73,14 @@ int next_number(int kind) {
 }
 
 uint32_t crc32(const uint8_t *data, size_t bytes) {
-  uint32_t crc = 0xffffffff;
-  for (size_t i = 0; i < bytes; i++) {
-    crc ^= data[i];
+  static uint32_t table[256];
+  for (uint32_t i = 0; table[255] == 0 && i < 256; i++) {
+    uint32_t crc = i;
     for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (0xedb88320 & -(crc & 1));
+    table[i] = crc;
   }
+  uint32_t crc = 0xffffffff;
+  for (size_t i = 0; i < bytes; i++) crc = crc >> 8 ^ table[(crc ^ data[i]) & 0xff];
   return ~crc;
 }
 
