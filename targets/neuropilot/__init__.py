@@ -1,1 +1,1 @@
-"""MediaTek's APU through NeuroPilot: parts of the plug-in "neuropilot"."""
+"""MediaTek APU: chunks of layers as .tflite files with int16 activations."""

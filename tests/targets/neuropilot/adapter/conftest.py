@@ -1,4 +1,4 @@
-"""Modules beside the tests of MediaTek's APU; test folders are no packages."""
+"""Modules in the folder above; test folders are no packages."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-NEEDED = "optional extra: pip install ai-edge-litert==2.3.0"
+NEEDED = "optional extra: pip install 'llamac[neuropilot]'"
 
 
 def _load(name: str) -> ModuleType:
     full = f"llamac_tests_{name}"
     if full not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full, Path(__file__).with_name(f"{name}.py"))
+        path = Path(__file__).parents[1] / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(full, path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
