@@ -154,7 +154,6 @@ EXPORT int NeuronModel_create(neuron_model **model) {
 
 EXPORT void NeuronModel_free(neuron_model *model) {
   say("NeuronModel_free model=%d", model->id);
-  values_stay(model);
   end(__func__, 0);
   free(model);
 }
