@@ -18,6 +18,7 @@ from llamac.compiler.checkpoint import Checkpoint
 from llamac.compiler.config import rope_table
 from llamac.compiler.floats import round_to, widen
 from llamac.compiler.reference import Float64
+from llamac.targets.hadamard import hadamard_grid
 
 Observe: TypeAlias = Callable[[str, Float64], None]
 """Called with the label of a value (`targets/chunk.py`) and the value of some or all tokens."""
@@ -160,6 +161,12 @@ class ReferenceModel:
             self._observe(label, value)
         return value
 
+    def _see_columns(self, label: str, value: Float64) -> None:
+        """Observe the first of the two products that R4 consists of on some processors."""
+        if self._observe is not None:
+            grid = value.reshape(-1, *hadamard_grid(value.shape[-1]))
+            self._observe(label, reference.hadamard(grid))
+
     def embedding(self, tokens: Sequence[int]) -> Float64:
         """The residual stream before the first layer, [T, dim]."""
         table = self._weights.read("tok_embeddings.weight")
@@ -192,6 +199,7 @@ class ReferenceModel:
         label = f"{prefix}.feed_forward.w3.swiglu"
         inner = self._seen(label, reference.swiglu(gate, up))
         if self.apply_r4:
+            self._see_columns(f"{label}.hadamard.columns", inner)
             inner = self._seen(f"{label}.hadamard", reference.hadamard(inner))
         return self._linear(f"{prefix}.feed_forward.w2", inner)
 
@@ -202,6 +210,10 @@ class ReferenceModel:
         )
 
     def _norm(self, name: str, x: Float64) -> Float64:
+        if self._observe is not None:
+            square = np.mean(x * x, axis=-1, keepdims=True)
+            self._observe(f"{name}.mean_square", square)
+            self._observe(f"{name}.unit", x / np.sqrt(np.where(square > 0, square, 1.0)))
         gamma = widen(self._weights.read(f"{name}.weight"))
         return self._seen(name, reference.rms_norm(x, gamma, self.checkpoint.config.norm_eps))
 
@@ -229,7 +241,11 @@ class ReferenceModel:
         grouped = weight.astype(np.float64).reshape(*scales.shape, -1)
         wide = (grouped * scales.astype(np.float64)[..., None]).reshape(weight.shape)
         result, lora = reference.linear(x, wide), self._lora(name)
-        return result if lora is None else result + reference.lora_branch(x, lora)
+        if lora is None:
+            return result
+        inner = self._seen(f"{name}.adaptor.A", reference.linear(x, lora.a))
+        branch = self._seen(f"{name}.adaptor.B", lora.scale * reference.linear(inner, lora.b))
+        return result + branch
 
     def _lora(self, name: str) -> reference.Lora | None:
         config = self.checkpoint.quant.lora
