@@ -34,15 +34,12 @@ class Positions:
     """
 
     def __init__(self, ops: Operations, cos: Value, sin: Value, mask: Value) -> None:
-        self._ops, (self._tokens, _, self._half, _) = ops, cos.shape
-        self._turns = [ops.reshape(x, self._tokens, self._half) for x in (cos, sin)]
-        self._tables: dict[float, list[Value]] = {}
+        self._ops = ops
+        self._turns = {1.0: self._rotations(cos, sin)}
         self.mask = ops.reshape(mask, 1, *mask.shape)
         # 1 where a key is seen, 0 where not; exact.
-        shift = ops.file.constant(np.array([[[_LARGEST]]], np.int16), mask.scale)
-        seen = ops.add(self.mask, shift, mask.scale)
-        one = ops.file.constant(np.array([[[_LARGEST]]], np.int16), 1 / mask.scale / _LARGEST**2)
-        self.seen = ops.multiply(seen, one, 1 / _LARGEST)
+        seen = ops.add(self.mask, self._number(-_lowest(mask)), mask.scale)
+        self.seen = self._times(seen, -1 / _lowest(mask))
 
     @staticmethod
     def masked(largest_score: float) -> float:
@@ -51,26 +48,44 @@ class Positions:
 
     def turn(self, x: Value, size: int, factor: float, scale: float) -> Value:
         """Rotate the pairs of x [T, H * D] by the tokens' angles, times a factor: [T, H, D]."""
-        ops, (tokens, width) = self._ops, x.shape
-        heads = width // size
-        swapped = np.zeros((size, size), np.int8)
-        even = np.arange(0, size, 2)
-        swapped[even, even + 1], swapped[even + 1, even] = -1, 1
-        other = ops.signs(ops.reshape(x, tokens * heads, size), swapped, 1.0, x.scale)
-        along, across = (
-            ops.multiply(ops.reshape(value, tokens, heads, size), table, x.scale * factor)
-            for value, table in zip((x, other), self._wide(factor), strict=True)
-        )
-        return ops.add(along, across, scale)
+        if factor not in self._turns:
+            self._turns[factor] = self._times(self._turns[1.0], factor)
+        tokens, width = x.shape
+        heads = self._ops.reshape(x, tokens, width // size, size)
+        return self._ops.matmul(heads, self._turns[factor], scale)
 
-    def _wide(self, factor: float) -> list[Value]:
-        """Cosines and sines times a factor, each twice: [T, 1, D]."""
-        if factor not in self._tables:
-            twice = np.repeat(np.eye(self._half, dtype=np.int8), 2, axis=0)
-            wide = [self._ops.signs(x, twice, factor, x.scale * factor) for x in self._turns]
-            shape = (self._tokens, 1, 2 * self._half)
-            self._tables[factor] = [self._ops.reshape(x, *shape) for x in wide]
-        return self._tables[factor]
+    def _rotations(self, cos: Value, sin: Value) -> Value:
+        """Matrices that turn rows [D] when multiplied from the right: [T, D, D].
+
+        One product is rounded once, where two products and a sum are rounded three times.
+        """
+        ops, (tokens, _, half, _) = self._ops, cos.shape
+        size = 2 * half
+        places = np.zeros((2, size, size, half), np.int8)
+        for i in range(half):
+            even, odd = 2 * i, 2 * i + 1
+            places[0, even, even, i] = places[0, odd, odd, i] = 1
+            places[1, even, odd, i], places[1, odd, even, i] = 1, -1
+        parts = (
+            ops.signs(ops.reshape(x, tokens, half), where.reshape(-1, half), 1.0, x.scale)
+            for x, where in zip((cos, sin), places, strict=True)
+        )
+        along, across = parts
+        return ops.reshape(ops.add(along, across, cos.scale), tokens, size, size)
+
+    def _times(self, x: Value, factor: float) -> Value:
+        """The same codes for values that are a factor larger."""
+        return self._ops.multiply(x, self._number(factor), x.scale * factor)
+
+    def _number(self, value: float) -> Value:
+        """A number [1, 1, 1], exactly."""
+        codes = np.array([[[_LARGEST]]], np.int16)
+        return self._ops.file.constant(codes, value / _LARGEST)
+
+
+def _lowest(mask: Value) -> float:
+    """The value of the code of a mask where nothing is seen."""
+    return -mask.scale * _LARGEST
 
 
 class Attention:
