@@ -4,9 +4,9 @@
 
 Taken literally it loses most of them. LiteRT computes RSQRT of int16 by lines between 257 points,
 128 codes apart: right to 2^-17 for codes above 4000, 2 % off at 256, useless below 128. And the
-squares of two tokens that differ by 10 differ by 100. With tokens that differ by 3, 10 and 30 the
-literal form reaches 62, 39 and 29 dB; this one 83 dB for all three (K = 2048; without the rounding
-of x itself).
+squares of two tokens that differ by 10 differ by 100. For tokens that differ by 3, 10 and 30 the
+literal form reaches 62, 39 and 29 dB, and this one 82, 81 and 80 dB (K = 2048, beside the exact
+result for the same codes of x).
 
 Normalizing what is normalized already changes nothing. So tokens are first brought to one size,
 roughly, and then normalized exactly:
@@ -14,9 +14,9 @@ roughly, and then normalized exactly:
     rough   s = sum(x^2), r = 1 / sqrt(s) but at most a cap, x = x * r
     exact   s = sum(x^2), which is about 1, y = x * (1 / sqrt(s) * gamma * sqrt(K))
 
-The cap is where s has code 256: tokens whose squares are within a factor of 128 of the largest come
-out with a length of 1 to 1.05, smaller ones shorter by the same factor. Where tokens differ by more
-the rough part is done again. Whatever error it makes is in x when the exact part measures it.
+With the cap where s has code 256, tokens whose squares are within a factor of 128 of the largest
+come out with a length of 1 to 1.05, and smaller ones shorter. Where tokens differ by more the rough
+part is done again. Whatever error it makes is in x when the exact part measures it.
 
 Sums of squares are products of rows with themselves. They are rounded once, where MUL and MEAN
 would round every square: of a token with one huge value all others would become 0.

@@ -25,6 +25,8 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
+from llamac.runtime.errors import CoverageError
+
 SCHEMA_VERSION = 3
 IDENTIFIER = b"TFL3"
 MAX_BYTES = 1 << 31
@@ -206,7 +208,11 @@ class TfliteFile:
             if start + os.fstat(weights.fileno()).st_size >= MAX_BYTES:
                 file.close()
                 self.path.unlink()
-                raise ValueError(f"{self.path.name} would be larger than {MAX_BYTES} bytes")
+                raise CoverageError(
+                    f"{self.path.name} would be larger than {MAX_BYTES} bytes",
+                    cause="a .tflite has references of 32 bits",
+                    fix="put fewer layers into a chunk",
+                )
             model = schema.Model.GetRootAs(description, 0)
             for buffer, (offset, _) in self._places.items():
                 table = model.Buffers(buffer)._tab

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,9 @@ class RowModel(ReferenceModel):
         return lora._replace(a=a, b=b)
 
     def _int8(self, matrix: NDArray[Any]) -> Float64:
-        codes, scales = emitter.row_codes(widen(matrix).astype(np.float32))
+        from llamac.targets.neuropilot.emitter import row_codes  # noqa: PLC0415
+
+        codes, scales = row_codes(widen(matrix).astype(np.float32))
         return codes.astype(np.float64) * scales.astype(np.float64)[:, None]
 
 
@@ -143,6 +146,8 @@ def layer_case(
     unused: int = 0,
 ) -> LayerCase:
     """Inputs x [T, K] after past keys and values [P, Hkv, D] of each layer, and the outputs."""
+    from llamac.targets.neuropilot import emitter  # noqa: PLC0415
+
     case, made = LayerCase({}), interface.tensors
     model = RowModel(checkpoint, scheme, case.inside.__setitem__)
     config, tokens = checkpoint.config, chunk.tokens
@@ -195,3 +200,40 @@ def sqnr_db(found: NDArray[Any], expected: Float64) -> float:
     """How far below the signal the error lies, in dB."""
     error = np.linalg.norm(found.astype(np.float64) - expected)
     return float(20 * np.log10(np.linalg.norm(expected) / error))
+
+
+def random_tokens(checkpoint: Checkpoint, count: int, seed: int) -> list[int]:
+    """Token numbers."""
+    drawn = np.random.default_rng(seed).integers(0, checkpoint.config.vocab_size, count)
+    return [int(token) for token in drawn]
+
+
+def ranges_of(checkpoint: Checkpoint) -> dict[str, ValueRange]:
+    """Ranges seen in 512 random tokens, with the checkpoint's own weights."""
+    return calibrate(checkpoint, random_tokens(checkpoint, 512, 7), lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def kit() -> SimpleNamespace:
+    """The functions of this file: test folders are no packages, so helpers come as fixtures."""
+
+    @cache
+    def tiny(form: str) -> Checkpoint:
+        return from_meta(EXAMPLES / form)
+
+    @cache
+    def tiny_ranges(form: str) -> dict[str, ValueRange]:
+        return ranges_of(tiny(form))
+
+    return SimpleNamespace(
+        RowModel=RowModel,
+        RowWeights=RowWeights,
+        chunks=function_chunks,
+        layer_case=layer_case,
+        random_tokens=random_tokens,
+        ranges_of=ranges_of,
+        real_inputs=real_inputs,
+        sqnr_db=sqnr_db,
+        tiny=tiny,
+        tiny_ranges=tiny_ranges,
+    )
