@@ -52,6 +52,9 @@ HIDDEN, HIDDEN_OUT, ROPE_COS, ROPE_SIN, MASK = "hidden hidden_out rope_cos rope_
 HEADROOM = 1.25
 """Of every range: a text shows no extremes, and one clamped code costs more than 2 dB."""
 
+BRANCH_HEADROOM = 2.0
+"""More for values of LoRA branches: few values, which vary, and small beside what they go to."""
+
 SCHEMES = {"a16w8": ("int8", -127, 127), "a16w4": ("int4", -8, 7)}
 """dtype of the weights, lowest and highest code."""
 
@@ -251,7 +254,8 @@ class _Emitter:
             codes, scales = row_codes(_floats(self.weights.read(adaptor)))
             index = self.file.weight(adaptor, codes, scales * np.float32(by), "int8")
             made = self._quantized(adaptor.removesuffix(".weight"))
-            x = self.ops.fully_connected(x, index, len(codes), made.scale)
+            scale = made.scale * BRANCH_HEADROOM
+            x = self.ops.fully_connected(x, index, len(codes), scale)
         return x
 
     def _hadamard(self, step: Step) -> Value:

@@ -44,7 +44,9 @@ SMALLER = 4.0
 OVERSHOOT = 1.06
 """A rough step makes tokens this much too long at most."""
 HEADROOM = 1.5
-"""Of lengths in the exact step, for tokens smaller or larger than any that was seen."""
+"""Squares of tokens may be this much larger than the largest that were seen."""
+EXACT_REACH = 1.15
+"""Of squares in the exact step and of what they are divided by; both are about 1."""
 
 _NEGLIGIBLE = 2.0**-14
 
@@ -84,15 +86,15 @@ def rms_norm(
         x = ops.multiply(x, factors[-1], length_scale)
         reach, growth = OVERSHOOT**2, growth / cap
     part = eps / low
-    square = _sum_of_squares(ops, x, HEADROOM + part)
+    square = _sum_of_squares(ops, x, EXACT_REACH + part)
     if part > _NEGLIGIBLE:
         root = _turned_root(ops, factors, math.sqrt(width * eps), math.sqrt(part))
         turned = ops.multiply(root, root, (root.scale * LARGEST) ** 2 / LARGEST)
         square = ops.add(square, turned, square.scale)
-    inverse = ops.rsqrt(square, HEADROOM / LARGEST)
+    inverse = ops.rsqrt(square, EXACT_REACH / LARGEST)
     codes, gamma_scale = _codes(gamma * math.sqrt(width))
     gains = ops.multiply(
-        inverse, ops.file.constant(codes[None], gamma_scale), gamma_scale * HEADROOM
+        inverse, ops.file.constant(codes[None], gamma_scale), gamma_scale * EXACT_REACH
     )
     return ops.multiply(x, gains, scale)
 
