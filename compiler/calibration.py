@@ -3,6 +3,13 @@
 A processor that computes with integers needs to know beforehand how large each value gets. The text
 goes through the reference with activations that nobody quantizes, one layer at a time for all of
 it, so that each weight is read once and only the residual stream of one layer is held.
+
+Labels are those of `targets/chunk.py`, and these for values inside composites:
+
+    <wv>.attention.scores          before softmax
+    <norm>.mean_square, <norm>.unit    mean(x^2) of each token; x / sqrt(mean(x^2))
+    <layer>.adaptor.A, .adaptor.B  A x, and what is added: scale * B (A x)
+    <w3>.swiglu.hadamard.columns   R4 after its first product, see `targets/hadamard.py`
 """
 
 from __future__ import annotations

@@ -136,6 +136,14 @@ class LayerCase:
 Past = Mapping[int, tuple[Float64, Float64]]
 
 
+def mask_rows(position: int, tokens: int, capacity: int) -> NDArray[np.int16]:
+    """The mask of a chunk whose first token stands at `position`: [T, C + T]."""
+    mask = np.full((tokens, capacity + tokens), -32767, np.int16)
+    mask[:, :position] = 0
+    mask[:, capacity:][np.tril_indices(tokens)] = 0
+    return mask
+
+
 def layer_case(
     checkpoint: Checkpoint,
     scheme: str,
@@ -143,26 +151,22 @@ def layer_case(
     interface: Any,
     x: Float64,
     past: Past,
-    unused: int = 0,
 ) -> LayerCase:
     """Inputs x [T, K] after past keys and values [P, Hkv, D] of each layer, and the outputs."""
     from llamac.targets.neuropilot import emitter  # noqa: PLC0415
 
     case, made = LayerCase({}), interface.tensors
     model = RowModel(checkpoint, scheme, case.inside.__setitem__)
-    config, tokens = checkpoint.config, chunk.tokens
+    config = checkpoint.config
     position = len(past[chunk.layers[0]][0])
     capacity = chunk.specs[f"layers.{chunk.layers[0]}.v_cache"].shape[1]
-    table = rope_table(config, position + tokens)[position:]
-    seen = np.zeros((tokens, capacity + tokens), bool)
-    seen[:, :position] = True
-    seen[:, capacity:] = np.tri(tokens, dtype=bool)
+    table = rope_table(config, position + chunk.tokens)[position:]
     codes = made[emitter.HIDDEN].quantize(x)
     case.feeds = {
         emitter.HIDDEN: codes[None],
         emitter.ROPE_COS: made[emitter.ROPE_COS].quantize(table[:, None, :, :1]),
         emitter.ROPE_SIN: made[emitter.ROPE_SIN].quantize(table[:, None, :, 1:]),
-        emitter.MASK: np.where(seen, 0, -32767).astype(np.int16),
+        emitter.MASK: mask_rows(position, chunk.tokens, capacity),
     }
     x = made[emitter.HIDDEN].dequantize(codes)
     for layer in chunk.layers:
@@ -170,7 +174,7 @@ def layer_case(
         sides = [made[f"{prefix}.{side}_cache"] for side in "kv"]
         cache = Int16Cache(*sides)
         for side, rows, side_made in zip("kv", cache.append(*past[layer]), sides, strict=True):
-            full = np.full((config.num_kv_heads, capacity, config.head_dim), unused, np.int16)
+            full = np.zeros((config.num_kv_heads, capacity, config.head_dim), np.int16)
             full[:, :position] = side_made.quantize(rows).transpose(1, 0, 2)
             case.feeds[f"{prefix}.{side}_cache"] = key_blocks(full) if side == "k" else full
         x = model.layer(prefix, x, table, cache, position)

@@ -68,14 +68,14 @@ def written(kit: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 @pytest.mark.parametrize("scheme", ["a16w8", "a16w4"])
 @pytest.mark.parametrize("form", ["spinquant", "qlora", "bf16"])
 def test_every_layer(form: str, scheme: str, tokens: int, layer: int, written: Any) -> None:
-    """72 dB in the middle, 66 dB in the first and the last layer; new keys and values 74 dB.
+    """71 dB in the middle, 65 dB in the first and the last layer; new keys and values 73 dB.
 
-    What limits them is one rounding: gate * up has rare large values in this model, and a scale
-    that holds those leaves the others 67 to 71 dB.
+    Most are at 72 to 75 and 67 to 70 dB. What limits them is one rounding: gate * up has rare
+    large values in this model, and a scale that holds those leaves the others 67 to 71 dB.
     """
     levels = written(form, scheme, tokens, layer).levels()
-    assert levels.pop("hidden_out") >= (72 if layer in (1, 2) else 66)
-    assert min(levels.values()) >= 73.5
+    assert levels.pop("hidden_out") >= (71 if layer in (1, 2) else 65)
+    assert min(levels.values()) >= 73
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
