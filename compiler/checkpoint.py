@@ -103,24 +103,43 @@ def check_int4(name: str, codes: NDArray[np.int8]) -> None:
         raise _damaged(name, f"codes from {low} to {high}", "int4 codes from -8 to 7")
 
 
-def check_scales(name: str, scales: NDArray[np.float32]) -> None:
+def check_scales(name: str, scales: NDArray[np.float32], *, signed: bool = False) -> None:
     """Check that scales can be scales at all.
 
+    Args:
+        name: of the tensor.
+        scales: float32 or float16.
+        signed: whether they may be 0 or negative.
+
     Raises:
-        ValuesInvalid: a scale is not finite or not above 0.
+        ValuesInvalid: a scale is not finite, or not above 0 where it must be.
     """
+    if signed:
+        check_finite(name, scales)
+        return
     low, high = float(scales.min(initial=1)), float(scales.max(initial=1))
     if not 0 < low <= high < np.inf:  # also false for NaN, which min and max hand through
         raise _damaged(name, f"scales from {low:g} to {high:g}", "finite scales above 0")
 
 
-def check_scales_fit_float16(name: str, scales: NDArray[np.float32]) -> None:
+def check_scales_fit_float16(
+    name: str, scales: NDArray[np.float32], *, signed: bool = False
+) -> None:
     """Check that scales survive being stored as float16; the packer calls this before it rounds.
+
+    Args:
+        name: of the tensor.
+        scales: to be stored.
+        signed: whether they may be 0 or negative. Where a file has them as float16, its subnormal
+            numbers are exact.
 
     Raises:
         ValuesInvalid: a scale is outside float16's normal numbers; bfloat16 would hold it.
     """
-    check_scales(name, scales)
+    check_scales(name, scales, signed=signed)
+    if signed:
+        with np.errstate(over="ignore"):
+            scales = np.abs(scales[scales.astype(np.float16) != scales])
     low, high = float(scales.min(initial=1)), float(scales.max(initial=1))
     if low < FLOAT16_RANGE[0] or high > FLOAT16_RANGE[1]:
         raise ValuesInvalid(

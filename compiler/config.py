@@ -166,6 +166,7 @@ class QuantConfig:
         hadamard_r4: a Walsh-Hadamard transform stands before every w2 (SpinQuant's R4).
         lora: adaptors on every linear layer of the blocks, or None.
         activation_rule: how activations become int8.
+        signed_scales: int4 scales may be negative or 0, as in GGUF's Q4_0.
     """
 
     form: str
@@ -173,6 +174,7 @@ class QuantConfig:
     hadamard_r4: bool = False
     lora: LoraConfig | None = None
     activation_rule: str = "torchao"
+    signed_scales: bool = False
 
 
 # Neither Meta's params.json nor the file names say this factor; see rope_scaling in the front end.

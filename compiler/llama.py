@@ -151,10 +151,13 @@ class _Function:
         call, p = self.composites.call, self.params
         if f"{name}.scales" not in p:
             return call("linear", [x, p[f"{name}.weight"]])
-        args, attrs = [x, p[f"{name}.weight"], p[f"{name}.scales"]], {}
+        args = [x, p[f"{name}.weight"], p[f"{name}.scales"]]
+        attrs: dict[str, Any] = {}
         if self.quant.lora is not None:
             args += [p[f"{name}.adaptor.A.weight"], p[f"{name}.adaptor.B.weight"]]
             attrs["lora_scale"] = self.quant.lora.scale
+        if self.quant.signed_scales:
+            attrs["signed_scales"] = True
         return call(
             "qlinear",
             args,

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
             checkpoint = read_checkpoint(config)
             tokenizer = describe_tokenizer(checkpoint, TOKENIZER)
             context = DEFAULT_CONTEXT if config.context_length is None else config.context_length
-            options = _lower_options(config, context)
+            options = _lower_options(config, checkpoint, context)
         with progress.stage("build the IR"):
             capacity = kv_capacity(context, config.chunks)
             module = build_llama(checkpoint, ModelOptions(capacity, config.chunks, config.kv_dtype))
@@ -288,8 +289,8 @@ def _read_text(path: Path | None) -> str | None:
         ) from error
 
 
-def _lower_options(config: CompileConfig, context: int) -> LowerOptions:
-    check = check_scales_fit_float16
+def _lower_options(config: CompileConfig, checkpoint: Checkpoint, context: int) -> LowerOptions:
+    check = partial(check_scales_fit_float16, signed=checkpoint.quant.signed_scales)
     return LowerOptions(context, config.chunks, config.scale_dtype, config.kv_dtype, check)
 
 

@@ -58,6 +58,8 @@ class QMatmulShape:
         lora_rank: rank of each LoRA branch, 0 for none.
         lora_scale: factor of the LoRA branch.
         lora_splits: output columns of each fused projection, in order; t holds rank values of each.
+        signed_scales: scales may be negative, as half of those of GGUF's Q4_0 are. Only Arm's
+            float16 scales need to know: see `qmatmul_quads.py`.
     """
 
     m: int
@@ -68,6 +70,7 @@ class QMatmulShape:
     lora_rank: int = 0
     lora_scale: float = 1.0
     lora_splits: tuple[int, ...] = ()
+    signed_scales: bool = False
 
     @property
     def blocks(self) -> int:

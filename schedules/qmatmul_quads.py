@@ -7,9 +7,10 @@ The same product as in `qmatmul.py`, in the form that Arm's instructions want:
 Nibbles are signed. A shift left and a mask turn a byte of two of them into 16 * w each, and the
 conversion of the sum to float takes the 16 out again: `scvtf` has fraction bits. (Plain NEON sums
 products in 16 bits, which has no room for the 16: one more shift.) A float16 scale is
-not converted: its bits, shifted left by 13, are the float32 s' = s * 2^-112 (scales are not
-negative), and f = 2^112. One widening shift does it, on a pipe that the dot products leave free;
-`fcvtl` would cost two slots of a busy one. A bfloat16 scale is shifted by 16 and is exact.
+not converted: its bits, shifted left by 13, are the float32 s' = s * 2^-112, and f = 2^112. One
+widening shift does it, on a pipe that the dot products leave free; `fcvtl` would cost two slots of
+a busy one. Where scales may be negative the shift fills up with copies of the sign, and a mask
+leaves the first. A bfloat16 scale is shifted by 16 and is exact.
 
 Packed layout, one for all levels of the architecture (four rows are a quad, four quads a block):
 

@@ -55,7 +55,8 @@ class SmeBlocks(WideBlocks):
 
     def _add_group(self, accs: list[Any], tile: int, block: Any, group: Any) -> None:
         isa, t = self._isa, self.tensors
-        scales = isa.load_wide_scales(t.scales, t.scale_shift, block, group, T.int64(0))
+        place = (block, group, T.int64(0))
+        scales = isa.load_wide_scales(t.scales, t.scale_shift, *place, keep=t.kept_bits)
         read: list[Any] = []
         for token, acc in enumerate(accs):
             # Merging into what was added to its sum before saves a copy.

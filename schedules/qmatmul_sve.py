@@ -52,7 +52,8 @@ class SveBlocks(WideBlocks):
 
     def _scales(self, block: Any, row0: Any, group: Any) -> Any:
         t = self.tensors
-        return self._isa.load_wide_scales(t.scales, t.scale_shift, block, group, row0)
+        place = (block, group, row0)
+        return self._isa.load_wide_scales(t.scales, t.scale_shift, *place, keep=t.kept_bits)
 
     def _add_token(self, acc: Any, block: Any, row0: Any, group: Any) -> None:
         isa, t = self._isa, self.tensors

@@ -17,6 +17,9 @@ from llamac.schedules.quantize import GROUP, codes_shape
 QUAD = 4  # rows of a quad, lanes of a vector
 QUADS = ROWS // QUAD
 GROUP_BYTES = ROWS * GROUP // 2
+# A float32's sign, and a float16's exponent and mantissa at their place in it. Between them a shift
+# that fills up with copies of the sign leaves three.
+SIGN_AND_HALF = ~0x70000000
 CHUNKS = GROUP // 4  # of four codes, what a lane of a dot product takes
 
 
@@ -41,6 +44,11 @@ class Tensors:
         return 16 if self.is_bfloat16 else 13
 
     @property
+    def kept_bits(self) -> int | None:
+        """What is left of float16 scales with a sign after that shift; None: all bits."""
+        return SIGN_AND_HALF if self.shape.signed_scales and not self.is_bfloat16 else None
+
+    @property
     def factor(self) -> float:
         """What the scales in the accumulators lack."""
         return 1.0 if self.is_bfloat16 else 2.0**112
@@ -57,9 +65,17 @@ class Tensors:
 
     def scale(self, block: Any, group: Any, quad: Any) -> Any:
         """Scales of a quad as float32x4, times 2^-112 if they are float16."""
-        bits = T.reinterpret("uint16x4", self.isa.load(self.scales, block, group, quad * QUAD))
-        shift = T.broadcast(T.uint32(self.scale_shift), QUAD)
-        return T.Bind(T.reinterpret("float32x4", T.shift_left(T.Cast("uint32x4", bits), shift)))
+        stored = self.isa.load(self.scales, block, group, quad * QUAD)
+        return T.Bind(T.reinterpret("float32x4", self._widened(stored)))
+
+    def _widened(self, stored: Any) -> Any:
+        """The bits of 16-bit scales where float32 has them; a sign is three places further up."""
+        if self.kept_bits is None:
+            bits = T.Cast("uint32x4", T.reinterpret("uint16x4", stored))
+            return T.shift_left(bits, T.broadcast(T.uint32(self.scale_shift), QUAD))
+        bits = T.Cast("int32x4", T.reinterpret("int16x4", stored))
+        copies = T.shift_left(bits, T.broadcast(T.int32(self.scale_shift), QUAD))
+        return T.bitwise_and(copies, T.broadcast(T.int32(self.kept_bits), QUAD))
 
     def finish(
         self, accs: Sequence[Any], block: Any, quad: Any, row0: Any, split: Any, shift: int = 0

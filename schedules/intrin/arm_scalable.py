@@ -62,12 +62,21 @@ class Scalable:
         address = T.address_of(buffer[index])
         return T.Bind(intrinsic(BYTES, "llvm.aarch64.sve.ld1rq.nxv16i8", lanes, address))
 
-    def load_wide_scales(self, buffer: Any, shift: int, *index: Any) -> Any:
-        """16-bit scales as FLOATS with these bits, shifted left by `shift`."""
+    def load_wide_scales(
+        self, buffer: Any, shift: int, *index: Any, keep: int | None = None
+    ) -> Any:
+        """16-bit scales as FLOATS with these bits, shifted left by `shift`.
+
+        With `keep` copies of the sign come in from the left, and only its bits are left.
+        """
         *outer, last = index
         value = buffer[(*outer, T.ramp(last, 1, 4 * T.vscale()))]
-        bits = T.Cast("uint32xvscalex4", T.reinterpret("uint16xvscalex4", value))
-        return T.Bind(T.reinterpret(FLOATS, T.shift_left(bits, splat(T.uint32(shift), 4))))
+        kind = "uint" if keep is None else "int"
+        bits = T.Cast(f"{kind}32xvscalex4", T.reinterpret(f"{kind}16xvscalex4", value))
+        bits = T.shift_left(bits, splat((T.uint32 if keep is None else T.int32)(shift), 4))
+        if keep is not None:
+            bits = T.bitwise_and(bits, splat(T.int32(keep), 4))
+        return T.Bind(T.reinterpret(FLOATS, bits))
 
     def store_floats(self, buffer: Any, value: Any, index: Any) -> None:
         """Store FLOATS from `index` of a buffer of one axis."""

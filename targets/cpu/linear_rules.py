@@ -49,9 +49,8 @@ class LinearRules(FunctionState):
             rank, scale = dims(call.args[3])[0], call.attrs["lora_scale"]
             splits = tuple(dims(c.args[1])[0] for c in calls)
             inputs += self._lora_branch(call, codes, sources, n, rank, epilogue == "swiglu")
-        shape = QMatmulShape(
-            self._rows(call), n, k, self._scale_dtype, epilogue, rank, scale, splits
-        )
+        lora, signed = (rank, scale, splits), call.attrs.get("signed_scales", False)
+        shape = QMatmulShape(self._rows(call), n, k, self._scale_dtype, epilogue, *lora, signed)
         self._linear_kernel(self._form.int4_family, "qai8dx_qsi4c32", shape, calls, inputs + extra)
 
     @property
@@ -159,6 +158,8 @@ class LinearRules(FunctionState):
         suffix = "" if shape.epilogue == "none" else f"_{shape.epilogue}"
         if getattr(shape, "lora_rank", 0):
             suffix += f"_lora{shape.lora_rank}x{len(shape.lora_splits)}"
+        if getattr(shape, "signed_scales", False):
+            suffix += "_signed"
         name = f"{family}_f32_{operands}{suffix}_{shape.m}x{shape.n}x{shape.k}"
         outputs = [((shape.m, shape.columns), "float32")]
         [result] = self._kernel(family, shape, name, inputs, outputs)

@@ -35,6 +35,8 @@ SHAPES = [
     QMatmulShape(1, 112, 64, "float16", "none", 4, 2.0, (64, 16, 32)),
     QMatmulShape(3, 64, 96, "bfloat16", "swiglu", 5, 0.5, (32, 32)),
     QMatmulShape(8, 32, 64, "float16", "residual", 16, -1.5, (32,)),
+    *(QMatmulShape(m, 64, 96, "float16", "swiglu", signed_scales=True) for m in (1, 3, 20)),
+    QMatmulShape(8, 64, 96, "bfloat16", signed_scales=True),
 ]
 REAL = [(2048, 2048), (3072, 2048), (16384, 2048), (2048, 8192), (5120, 3072)]  # (n, k)
 
@@ -51,7 +53,10 @@ def weights(shape, seed=0):
     """Canonical codes [n, k] and scales [n, k/32]."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(-8, 8, (shape.n, shape.k)).astype(np.int8)
-    return codes, rng.uniform(0.001, 0.1, (shape.n, shape.k // GROUP)).astype(np.float32)
+    scales = rng.uniform(0.001, 0.1, (shape.n, shape.k // GROUP)).astype(np.float32)
+    if shape.signed_scales:
+        scales *= rng.choice(np.array([-1, 0, 1], np.float32), scales.shape, p=[0.5, 0.1, 0.4])
+    return codes, scales
 
 
 def activations(shape, seed=1):
@@ -243,6 +248,20 @@ def test_a_kept_quad_fits_the_stack_of_a_thread(arm_isa):
     assert not qmatmul_quads.default(long, arm_isa).get("unpack_once", 0)
     knobs = {"mr": 16, "unroll": 1, "unpack_once": 1}
     assert not qmatmul_quads.valid(long, arm_isa, knobs)
+
+
+FLOAT16_SCALES = np.array([65504, 2.0**-14, 2.0**-15, 2.0**-24, 0], np.float32)
+
+
+@pytest.mark.parametrize("m", [1, 8])
+@pytest.mark.parametrize("scale", [s * sign for s in FLOAT16_SCALES.tolist() for sign in (1, -1)])
+def test_signed_scales_are_exact_over_all_of_float16(run_kernel, each_isa, m, scale):
+    """Largest, smallest normal, subnormal, and zeros of both signs, alone in a row."""
+    shape = QMatmulShape(m, 16, 64, signed_scales=True)
+    (codes, _), x = weights(shape), activations(shape)
+    scales = np.full((shape.n, 2), scale, np.float32)
+    (y,) = run_kernel(make(shape, each_isa), each_isa, *operands(each_isa, shape, x, codes, scales))
+    assert_close(y, reference.qlinear_int4(x, codes, scales))
 
 
 @pytest.mark.parametrize("m", [1, 8])

@@ -186,11 +186,13 @@ def test_each_weight_meets_its_activation(run_kernel):
 
 
 @needs_qemu
-def test_smallest_and_largest_float16_scales(run_kernel):
-    """Subnormal ones too: they are widened as integers."""
+@pytest.mark.parametrize("sign", [1, -1])
+def test_smallest_and_largest_float16_scales(run_kernel, sign):
+    """Subnormal and negative ones too: they are widened as integers."""
     shape = QMatmulShape(1, 64, 64)
     x, codes, scales = random_problem(shape)
     scales[...] = np.array([2.0**-24, 2.0**-15, 2.0**-14, 65504], np.float32).repeat(16)[:, None]
+    scales *= sign
     (y,) = run_kernel(make(shape), HVX, *operands(shape, x, codes, scales))
     expected = reference.qlinear_int4(x, codes, scales)
     for rows in range(0, 64, 16):
