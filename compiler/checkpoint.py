@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -148,6 +149,11 @@ def check_scales_fit_float16(
             cause="Scales are packed as float16 by default, which would lose these values.",
             fix="Compile with bfloat16 scales: less exact (8 bits), but of float32's range.",
         )
+
+
+def scale_check(quant: QuantConfig) -> Callable[[str, NDArray[np.float32]], None]:
+    """The check of scales that a packer makes for a model of this form."""
+    return partial(check_scales_fit_float16, signed=quant.signed_scales)
 
 
 def check_finite(name: str, values: NDArray[Any]) -> None:

@@ -72,21 +72,41 @@ def describe_quantization(
 ) -> QuantizationEntry:
     """The arithmetic that the library uses."""
     quant, is_float = checkpoint.quant, checkpoint.quant.form == "float"
-    table = "bfloat16" if is_float else "int8 per channel"
+    embedding, output = (_table(checkpoint, name) for name in ("tok_embeddings", "output"))
+    has_codes = not is_float or output != "bfloat16"
     return QuantizationEntry(
         form=quant.form,
-        weights="bfloat16" if is_float else f"int4 group-{quant.group_size}",
+        weights=_linear_weights(checkpoint),
         scale_dtype="none" if is_float else scale_dtype,
-        activations="float32" if is_float else "int8 per token, asymmetric",
-        activation_rule="none" if is_float else quant.activation_rule,
-        embedding=table,
-        output=table,
+        activations="int8 per token, asymmetric" if has_codes else "float32",
+        activation_rule=quant.activation_rule if has_codes else "none",
+        embedding=embedding,
+        output=output,
         shared_embedding=checkpoint.shared_embedding,
         hadamard_r4=quant.hadamard_r4,
         lora=LoraEntry(quant.lora.rank, quant.lora.scale) if quant.lora else None,
         kv_cache=kv_dtype,
         notes=notes,
     )
+
+
+def _table(checkpoint: Checkpoint, name: str) -> str:
+    """The form of the embedding or the output layer."""
+    has_scales = f"{name}.scales" in checkpoint.weights.names()
+    return "int8 per channel" if has_scales else "bfloat16"
+
+
+def _linear_weights(checkpoint: Checkpoint) -> str:
+    """The forms of the blocks' linear layers; a file may mix them."""
+    names, config = frozenset(checkpoint.weights.names()), checkpoint.config
+    layers = (
+        f"layers.{i}.{part}" for i in range(config.num_layers) for part in config.linear_shapes()
+    )
+    has_int4 = [f"{layer}.scales" in names for layer in layers]
+    int4 = f"int4 group-{checkpoint.quant.group_size}"
+    if all(has_int4):
+        return int4
+    return f"{int4} and bfloat16" if any(has_int4) else "bfloat16"
 
 
 def describe_tokenizer(checkpoint: Checkpoint, file: str) -> TokenizerEntry:

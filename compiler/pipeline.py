@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from llamac.compiler.bundle import (
     write_header,
     write_weights,
 )
-from llamac.compiler.checkpoint import Checkpoint, TensorInfo, check_scales_fit_float16
+from llamac.compiler.checkpoint import Checkpoint, TensorInfo, scale_check
 from llamac.compiler.config import rope_table
 from llamac.compiler.describe import (
     describe_model,
@@ -38,6 +37,7 @@ from llamac.compiler.describe import (
     tool_versions,
 )
 from llamac.compiler.dump import Dump
+from llamac.compiler.frontends.recognize import open_checkpoint
 from llamac.compiler.placement import Placement, place_processors
 from llamac.compiler.progress import Progress, Report
 from llamac.runtime.errors import NumericsError, UsageError
@@ -78,6 +78,7 @@ class CompileConfig:
         kv_dtype: of the KV cache, "float16" or "int8".
         rope_factor: overrides the factor of RoPE scaling.
         tokenizer: a tokenizer file instead of the checkpoint's.
+        requantize: make int4 of linear layers that no kernel reads as they are (GGUF).
         name: of the model in the manifest.
         verify: compare the built library with the reference, and refuse to write one that differs.
         verify_text: file with text to verify on.
@@ -97,6 +98,7 @@ class CompileConfig:
     kv_dtype: str = "float16"
     rope_factor: float | None = None
     tokenizer: Path | None = None
+    requantize: bool = False
     name: str | None = None
     verify: bool = True
     verify_text: Path | None = None
@@ -216,9 +218,12 @@ def _pack_weights(
 
 def read_checkpoint(config: CompileConfig) -> Checkpoint:
     """Open the model with the front end that knows its form."""
-    from llamac.compiler.frontends.meta import from_meta  # noqa: PLC0415 (imports torch)
-
-    return from_meta(config.model, rope_factor=config.rope_factor, tokenizer=config.tokenizer)
+    return open_checkpoint(
+        config.model,
+        rope_factor=config.rope_factor,
+        tokenizer=config.tokenizer,
+        requantize=config.requantize,
+    )
 
 
 def kv_capacity(context_length: int, chunks: tuple[int, ...]) -> int:
@@ -290,8 +295,8 @@ def _read_text(path: Path | None) -> str | None:
 
 
 def _lower_options(config: CompileConfig, checkpoint: Checkpoint, context: int) -> LowerOptions:
-    check = partial(check_scales_fit_float16, signed=checkpoint.quant.signed_scales)
-    return LowerOptions(context, config.chunks, config.scale_dtype, config.kv_dtype, check)
+    dtypes, check = (config.scale_dtype, config.kv_dtype), scale_check(checkpoint.quant)
+    return LowerOptions(context, config.chunks, *dtypes, check)
 
 
 def _identity(

@@ -21,11 +21,12 @@ EPILOG = """\
 examples:
   llamac compile Llama-3.2-1B-Instruct-SpinQuant_INT4_EO8 --target host -o llama-1b-host
   llamac compile model.pth --target host -o out --context 4096 --kv-cache int8
+  llamac compile Llama-3.2-1B-Instruct-Q4_0.gguf --target host -o llama-1b-host
   llamac compile MODEL --target host -o out --dump ir/ --report report.json
   llamac compile MODEL --target sm8650 --processors cpu,htp --chunks 128 -o phone
 
 MODEL is a folder with params.json, tokenizer.model and a .pth file, as Meta publishes them, or the
-.pth file itself. TARGET is a name from `llamac targets`; `host` is this machine.
+.pth file itself, or a GGUF file. TARGET is a name from `llamac targets`; `host` is this machine.
 The bundle appears under its name when it is complete and verified, and not before.
 """
 
@@ -39,7 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="folder or .pth file")
+    parser.add_argument("model", metavar="MODEL", type=Path, help="folder, .pth or GGUF file")
     parser.add_argument("--target", metavar="SOC", required=True, help="the SoC to compile for")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
     parser.add_argument(
@@ -108,6 +109,12 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         help="factor of the llama3 RoPE scaling, where params.json does not say (3.2 has 32)",
     )
     group.add_argument("--tokenizer", metavar="FILE", type=Path, help="default: MODEL's own")
+    group.add_argument(
+        "--requantize",
+        action="store_true",
+        help="make int4 of GGUF's linear layers that are not Q4_0: small and fast, with a loss "
+        "that is printed (default: bfloat16, nearly exact)",
+    )
 
 
 def _add_check_options(group: argparse._ArgumentGroup) -> None:
@@ -140,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
         kv_dtype=args.kv_cache,
         rope_factor=args.rope_factor,
         tokenizer=args.tokenizer,
+        requantize=args.requantize,
         name=args.name,
         verify=not args.no_verify,
         verify_text=args.verify_text,

@@ -66,7 +66,7 @@ def decode(type_id: int, rows: Bytes) -> Float32:
 def q4_0_parts(rows: Bytes) -> tuple[NDArray[np.int8], Float32]:
     """Codes -8..7 [n, k] and scales [n, k / 32] of rows of Q4_0; scales may be negative or 0."""
     blocks = rows.reshape(-1, 18)
-    codes = _nibbles(blocks[:, 2:]).view(np.int8) - np.int8(8)
+    codes: NDArray[np.int8] = _nibbles(blocks[:, 2:]).view(np.int8) - np.int8(8)
     return codes.reshape(len(rows), -1), _halves(blocks, 0).reshape(len(rows), -1)
 
 
@@ -83,7 +83,7 @@ def _nibbles(packed: Bytes) -> Bytes:
 def _with_fifth_bits(packed: Bytes, bits: Bytes) -> Bytes:
     """Values of 5 bits [n, 32] from their nibbles [n, 16] and top bits [n, 4]."""
     top = np.unpackbits(np.ascontiguousarray(bits), axis=1, bitorder="little")
-    return _nibbles(packed) | (top << 4)
+    return _nibbles(packed) | (top << np.uint8(4))
 
 
 def _float32(blocks: Bytes) -> Float32:

@@ -1,8 +1,8 @@
 """The configuration of a Llama from a GGUF file's metadata, its RoPE scaling from a tensor.
 
-llama.cpp writes Llama 3's scaling as `rope_freqs.weight`: float32 [D/2], by what each RoPE frequency
-is divided, from 1 up to the factor. Here the rule is found that gives these divisors, because the
-rule is what a configuration holds.
+llama.cpp writes Llama 3's scaling as `rope_freqs.weight`: float32 [D/2], by what each RoPE
+frequency is divided, from 1 up to the factor. Here the rule is found that gives these divisors,
+because the rule is what a configuration holds.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _read_divisors(file: GgufFile, count: int) -> NDArray[np.float32]:
             cause="The file is damaged, or its metadata belong to another model.",
             fix="Fetch the file again.",
         )
-    divisors = decode(tensor.type_id, tensor.data)[0]
+    divisors: NDArray[np.float32] = decode(tensor.type_id, tensor.data)[0]
     if not (np.isfinite(divisors).all() and (divisors > 0).all()):
         raise TensorInvalid(
             f"{ROPE_FREQS} holds {float(divisors.min()):g} to {float(divisors.max()):g}, expected "

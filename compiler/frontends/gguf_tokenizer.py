@@ -24,6 +24,7 @@ from llamac.runtime.errors import TokenizerError
 
 _PATTERNS = ("llama-bpe", "llama3", "llama-v3")  # all mean Llama 3's way to cut text
 _NORMAL = 1
+_LONGEST_TOKEN = 1 << 11  # bytes; Llama 3's have 256, and a merge has the bytes of its token
 _REQUIRED = (0, 1, 6, 7, 9)  # places of special tokens that decide where texts and turns end
 
 
@@ -41,14 +42,12 @@ def _refuse(file: GgufFile, what: str, cause: str) -> TokenizerError:
     return TokenizerError(
         f"{file.path}: {what}.",
         cause=cause,
-        fix="Give Llama 3's own tokenizer.model with --tokenizer, if the model was trained with it.",
+        fix="If the model has Llama 3's own tokenizer.model, name that file with --tokenizer.",
     )
 
 
 def _damaged(file: GgufFile, what: str) -> TokenizerError:
-    return _refuse(
-        file, what, "The tokenizer in the file is damaged, or not one of Llama 3's kind."
-    )
+    return _refuse(file, what, "The tokenizer in the file is damaged, or not of Llama 3's kind.")
 
 
 def write_tokenizer(file: GgufFile, vocab_size: int, path: Path) -> None:
@@ -99,6 +98,8 @@ def _strings(file: GgufFile, name: str) -> StringArray:
 
 
 def _text(file: GgufFile, token: bytes) -> str:
+    if len(token) > _LONGEST_TOKEN:
+        raise _damaged(file, f"a token is {len(token)} bytes long")
     try:
         return token.decode()
     except UnicodeDecodeError as error:
@@ -155,14 +156,17 @@ def _check_special(file: GgufFile, names: list[str], first: int) -> None:
 
 def _check_merges(file: GgufFile, ranks: dict[str, int]) -> None:
     """Check that merging by rank is merging by this list."""
-    merges = _strings(file, "merges")
     last = count = 0
-    for merge in merges:
+    lefts: set[str] = set()  # of the merges that make the last token
+    for merge in _strings(file, "merges"):
         left, _, right = _text(file, merge).partition(" ")
         rank = ranks.get(left + right, -1)
-        if left not in ranks or right not in ranks or rank < last:
+        if rank > last:
+            last, lefts = rank, set()
+        if left not in ranks or right not in ranks or rank < last or left in lefts:
             raise _damaged(file, f"the merge {merge[:60]!r} does not fit the order of its tokens")
-        last, count = rank, count + 1
+        lefts.add(left)
+        count += 1
     joints = sum(
         text[:i] in ranks and text[i:] in ranks for text in ranks for i in range(1, len(text))
     )

@@ -1,0 +1,44 @@
+"""Which front end reads a model: told by what is there, never by a name alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llamac.compiler.checkpoint import Checkpoint
+from llamac.compiler.frontends.gguf_file import is_gguf
+from llamac.runtime.errors import UsageError
+
+
+def open_checkpoint(
+    path: Path,
+    *,
+    rope_factor: float | None = None,
+    tokenizer: Path | None = None,
+    requantize: bool = False,
+) -> Checkpoint:
+    """Open a model with the front end that knows its form.
+
+    Args:
+        path: a GGUF file; else a folder or `.pth` file in Meta's layout.
+        rope_factor: RoPE scaling factor instead of the model's own.
+        tokenizer: a tokenizer file instead of the model's own.
+        requantize: make int4 of linear layers that no kernel reads as they are.
+
+    Raises:
+        CheckpointError: one of its classes.
+        TokenizerError: no tokenizer, a damaged one, or one of another model.
+        UsageError: an option that this form does not have.
+    """
+    if is_gguf(path):
+        from llamac.compiler.frontends.gguf import from_gguf  # noqa: PLC0415
+
+        return from_gguf(path, rope_factor=rope_factor, tokenizer=tokenizer, requantize=requantize)
+    if requantize:
+        raise UsageError(
+            f"{path} cannot be quantized anew",
+            cause="only GGUF files can: Meta's are compiled as they are",
+            fix="leave --requantize out",
+        )
+    from llamac.compiler.frontends.meta import from_meta  # noqa: PLC0415 (imports torch)
+
+    return from_meta(path, rope_factor=rope_factor, tokenizer=tokenizer)
