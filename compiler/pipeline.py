@@ -228,8 +228,7 @@ def read_checkpoint(config: CompileConfig) -> Checkpoint:
 
 def kv_capacity(context_length: int, chunks: tuple[int, ...]) -> int:
     """Positions in the KV tensors: the context, and room for the padding of a last chunk."""
-    blocks = -(-(context_length + max(chunks, default=1)) // POSITION_BLOCK)
-    return blocks * POSITION_BLOCK
+    return -(-(context_length + max(chunks, default=1)) // POSITION_BLOCK) * POSITION_BLOCK
 
 
 def weight_tensors(program: Program) -> list[Any]:

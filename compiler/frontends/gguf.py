@@ -199,7 +199,8 @@ def _read_quant(layers: Sequence[_Layer]) -> QuantConfig:
 def _notes(layers: Sequence[_Layer]) -> Iterator[str]:
     """What became of the tensors of each type, and how much it loses."""
     losses: dict[tuple[str, str, Form], list[Loss]] = {}
-    for layer in layers:
+    is_tied = layers[0].tensor is layers[-1].tensor
+    for layer in layers[:-1] if is_tied else layers:
         if layer.form is FORMS["norm"]:
             continue
         what = "linear layers" if layer.name.startswith("layers.") else layer.name
@@ -209,8 +210,11 @@ def _notes(layers: Sequence[_Layer]) -> Iterator[str]:
     for (what, kind, form), parts in losses.items():
         total = sum(parts[1:], parts[0])
         count = f"{len(parts)} {what}" if what == "linear layers" else what
-        loss = f"{total.decibels:.1f} dB of signal to noise, measured on some rows"
-        yield f"{count} of type {kind}: {form.title}, {loss if total.noise else 'without loss'}"
+        loss = f"{total.decibels:.1f} dB of signal to noise" if total.noise else "no loss"
+        where = (
+            "without loss" if kind in form.exact_for else f"{loss} on the rows that were measured"
+        )
+        yield f"{count} of type {kind}: {form.title}, {where}"
 
 
 def _make_tokenizer(file: GgufFile, vocab_size: int, weights: GgufWeights) -> Path:

@@ -38,7 +38,7 @@ from llamac.runtime.errors import CheckpointMissing, CheckpointUnreadable, Model
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _LARGEST_COUNT = 1 << 16  # of fields and of tensors; a 405B model has 1,140 tensors
-_LONGEST_NAME = 1 << 10
+_LONGEST_NAME = 1 << 8
 _LARGEST_ALIGNMENT = 1 << 16
 _MOST_DIMENSIONS = 4
 

@@ -48,12 +48,14 @@ class Form:
         parts: "weight", and "scales" if there are any.
         is_int4: weights are int4 group-32.
         signed: its scales may be negative or 0.
+        exact_for: types of the file that never lose anything.
     """
 
     title: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ("weight",)
     is_int4: ClassVar[bool] = False
     signed: ClassVar[bool] = False
+    exact_for: ClassVar[tuple[str, ...]] = ()
 
     def info(self, tensor: GgufTensor, part: str) -> TensorInfo:
         """Shape and dtype of a part."""
@@ -118,6 +120,7 @@ class _Norm(Form):
 
 class _Bfloat16(Form):
     title = "bfloat16"
+    exact_for = ("BF16",)
 
     def info(self, tensor: GgufTensor, part: str) -> TensorInfo:
         return TensorInfo(tensor.shape, "bfloat16")
@@ -161,6 +164,7 @@ class _Int4(Form):
 class _Q40(_Int4):
     title = "int4 group-32"
     signed = True
+    exact_for = ("Q4_0",)
 
     def convert(self, tensor: GgufTensor, rows: NDArray[np.uint8]) -> dict[str, Array]:
         return dict(zip(self.parts, q4_0_parts(rows), strict=True))
