@@ -13,15 +13,13 @@ import numpy as np
 import pytest
 
 from llamac.compiler.checkpoint import Checkpoint
-from llamac.compiler.frontends.meta import from_meta
+from llamac.compiler.frontends.recognize import open_checkpoint
 from llamac.runtime.errors import LlamacError
 
 
-@pytest.fixture(scope="session")
-def meta_layout() -> ModuleType:
-    """The module `meta_layout.py` beside this file; test folders are no packages."""
-    name = "llamac_tests_meta_layout"
-    path = Path(__file__).with_name("meta_layout.py")
+def load_beside(stem: str) -> ModuleType:
+    """A module beside this file; test folders are no packages."""
+    name, path = f"llamac_tests_{stem}", Path(__file__).with_name(f"{stem}.py")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -29,6 +27,18 @@ def meta_layout() -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def meta_layout() -> ModuleType:
+    """The module `meta_layout.py`."""
+    return load_beside("meta_layout")
+
+
+@pytest.fixture(scope="session")
+def gguf_layout() -> ModuleType:
+    """The module `gguf_layout.py`."""
+    return load_beside("gguf_layout")
 
 
 @pytest.fixture
@@ -68,11 +78,11 @@ def check_advice() -> Callable[[LlamacError], None]:
 def refused(
     check_advice: Callable[[LlamacError], None], read_all: Callable[[Checkpoint], object]
 ) -> Callable[..., LlamacError]:
-    """Check that a path is refused: refused(kind, match, path, **options of from_meta)."""
+    """Check that a path is refused: refused(kind, match, path, **options of the front end)."""
 
     def check(kind: type[LlamacError], match: str, path: Path, **options: Any) -> LlamacError:
         with pytest.raises(kind, match=match) as caught:
-            read_all(from_meta(path, **options))
+            read_all(open_checkpoint(path, **options))
         assert type(caught.value) is kind
         check_advice(caught.value)
         return caught.value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -263,6 +262,3 @@ def choose(types: int | Mapping[str, int] | Callable[[str], int], name: str) -> 
     if isinstance(types, int):
         return types
     return types.get(name, BF16) if isinstance(types, Mapping) else types(name)
-
-
-__all__ = ["Layout", "Strings", "Tensor", "base64", "make_layout"]

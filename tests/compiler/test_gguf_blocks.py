@@ -10,6 +10,7 @@ import pytest
 from llamac.compiler.frontends.gguf_blocks import BLOCKS, Q4_0, decode, q4_0_parts, type_name
 
 ROWS, BLOCKS_PER_ROW = 37, 5
+NEEDS_GGUF = "optional extra: the package gguf is not installed"
 
 
 def random_rows(type_id: int, seed: int = 0) -> np.ndarray:
@@ -26,7 +27,7 @@ def bits_without_nan(values: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("type_id", BLOCKS, ids=type_name)
 def test_decoders_equal_the_gguf_package(type_id: int) -> None:
-    gguf = pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf", reason=NEEDS_GGUF)
     rows = random_rows(type_id)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -40,7 +41,7 @@ def test_decoders_equal_the_gguf_package(type_id: int) -> None:
 
 
 def test_sizes_equal_those_of_the_gguf_package() -> None:
-    gguf = pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf", reason=NEEDS_GGUF)
     for type_id, block in BLOCKS.items():
         kind = gguf.GGMLQuantizationType(type_id)
         assert (kind.name, gguf.GGML_QUANT_SIZES[kind]) == (block.name, (block.values, block.bytes))
