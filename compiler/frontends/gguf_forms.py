@@ -200,9 +200,10 @@ def measure(tensor: GgufTensor, form: Form) -> Loss:
     """
     data = _data(tensor)
     rows = data[np.linspace(0, len(data) - 1, min(len(data), _SAMPLED_ROWS)).astype(int)]
-    stored = decode(tensor.type_id, rows).astype(np.float64)
+    stored: Array = decode(tensor.type_id, rows)
     if not np.isfinite(stored).all():
         return Loss(math.nan, math.nan)
+    stored = stored.astype(np.float64)
     with np.errstate(over="ignore"):
         error = form.values(form.convert(tensor, rows)) - stored
         return Loss(float(np.sum(stored**2)), float(np.sum(error**2)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import struct
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +17,6 @@ from llamac.compiler.config import LlamaConfig, rope_frequencies
 from llamac.compiler.describe import describe_tokenizer
 from llamac.compiler.floats import from_bfloat16, to_bfloat16
 from llamac.compiler.frontends.gguf_blocks import BLOCKS
-from llamac.runtime.tokenizer import read_ranks
 
 F32, F16, Q4_0, Q8_0, Q4_K, Q5_K, Q6_K, BF16 = 0, 1, 2, 8, 12, 13, 14, 30
 NUMBERS = {4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q"}
@@ -110,7 +111,7 @@ def encode(type_id: int, values: np.ndarray) -> bytes:
         return quantize_q4_0(values)
     if type_id == Q8_0:
         return quantize_q8_0(values)
-    return random_blocks(type_id, values.size)
+    return random_blocks(type_id, values)
 
 
 def quantize_q4_0(values: np.ndarray) -> bytes:
@@ -132,10 +133,10 @@ def quantize_q8_0(values: np.ndarray) -> bytes:
     return np.concatenate([scales.astype("<f2").view(np.uint8), codes.view(np.uint8)], 1).tobytes()
 
 
-def random_blocks(type_id: int, count: int) -> bytes:
-    """Random codes; float16 fields are small numbers."""
-    block, rng = BLOCKS[type_id], np.random.default_rng(count)
-    rows = rng.integers(0, 256, (count // block.values, block.bytes)).astype(np.uint8)
+def random_blocks(type_id: int, values: np.ndarray) -> bytes:
+    """Codes that are random, but the same for the same values; float16 fields are small numbers."""
+    block, rng = BLOCKS[type_id], np.random.default_rng(zlib.crc32(values.tobytes()))
+    rows = rng.integers(0, 256, (values.size // block.values, block.bytes)).astype(np.uint8)
     places = {Q6_K: (208,), Q4_K: (0, 2), Q5_K: (0, 2), 6: (0,)}.get(type_id, (0, 2))
     for place in places:
         halves = rng.uniform(1e-4, 2e-4, (len(rows), 1)).astype("<f2")
@@ -143,12 +144,19 @@ def random_blocks(type_id: int, count: int) -> bytes:
     return rows.tobytes()
 
 
-def byte_text(token: bytes) -> bytes:
-    """GPT-2's printable form of a token, in UTF-8."""
+def byte_table() -> dict[int, str]:
+    """GPT-2's printable character of each byte."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
-    table = {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
-    return "".join(table[b] for b in token).encode()
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+TABLE = byte_table()
+
+
+def byte_text(token: bytes) -> bytes:
+    """The printable form of a token, in UTF-8."""
+    return "".join(TABLE[b] for b in token).encode()
 
 
 def merges_of(tokens: list[bytes]) -> list[bytes]:
@@ -164,8 +172,8 @@ def merges_of(tokens: list[bytes]) -> list[bytes]:
 
 def tokenizer_fields(checkpoint: Checkpoint) -> dict[str, tuple[int, Any]]:
     """The tokenizer of a checkpoint, as metadata."""
-    ranks = read_ranks(checkpoint.tokenizer)
-    tokens = sorted(ranks, key=ranks.__getitem__)
+    lines = checkpoint.tokenizer.read_bytes().splitlines()
+    tokens = [base64.b64decode(line.split()[0]) for line in lines]  # in the order of their ranks
     entry = describe_tokenizer(checkpoint, "tokenizer.model")
     special = [name.encode() for name in entry.special_tokens]
     types = np.array([1] * len(tokens) + [3] * len(special), np.int32)
