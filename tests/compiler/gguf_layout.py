@@ -18,7 +18,7 @@ from llamac.compiler.describe import describe_tokenizer
 from llamac.compiler.floats import from_bfloat16, to_bfloat16
 from llamac.compiler.frontends.gguf_blocks import BLOCKS
 
-F32, F16, Q4_0, Q8_0, Q4_K, Q5_K, Q6_K, BF16 = 0, 1, 2, 8, 12, 13, 14, 30
+F32, F16, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K, BF16 = 0, 1, 2, 3, 8, 12, 13, 14, 30
 NUMBERS = {4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q"}
 U32, I32, FLOAT, STRING, ARRAY = 4, 5, 6, 8, 9
 
@@ -100,7 +100,7 @@ def encode_value(kind: int, value: Any) -> bytes:
 
 
 def encode(type_id: int, values: np.ndarray) -> bytes:
-    """Float32 rows as blocks of a type; K types get random codes, which nothing here quantizes."""
+    """Float32 rows as blocks of a type; what nothing here quantizes gets random codes."""
     if type_id == F32:
         return values.astype("<f4").tobytes()
     if type_id == F16:
@@ -111,6 +111,8 @@ def encode(type_id: int, values: np.ndarray) -> bytes:
         return quantize_q4_0(values)
     if type_id == Q8_0:
         return quantize_q8_0(values)
+    if type_id == Q4_1:
+        return quantize_q4_1(values)
     return random_blocks(type_id, values)
 
 
@@ -124,6 +126,15 @@ def quantize_q4_0(values: np.ndarray) -> bytes:
     codes = np.minimum(15, np.floor(groups * inverse + np.float32(8.5))).astype(np.uint8)
     packed = codes[:, :16] | codes[:, 16:] << 4
     return np.concatenate([scales.astype("<f2").view(np.uint8), packed], axis=1).tobytes()
+
+
+def quantize_q4_1(values: np.ndarray) -> bytes:
+    groups = values.astype(np.float32).reshape(-1, 32)
+    low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
+    scales = np.maximum(high - low, np.float32(1e-6)) / np.float32(15)
+    codes = np.clip(np.rint((groups - low) / scales), 0, 15).astype(np.uint8)
+    halves = np.concatenate([scales, low], axis=1).astype("<f2").view(np.uint8)
+    return np.concatenate([halves, codes[:, :16] | codes[:, 16:] << 4], axis=1).tobytes()
 
 
 def quantize_q8_0(values: np.ndarray) -> bytes:
