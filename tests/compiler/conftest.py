@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from llamac.compiler.checkpoint import Checkpoint
+from llamac.compiler.frontends.meta import from_meta
 from llamac.compiler.frontends.recognize import open_checkpoint
 from llamac.runtime.errors import LlamacError
 
@@ -50,6 +51,26 @@ def write_meta(meta_layout: ModuleType, tmp_path: Path) -> Callable[..., Path]:
             tmp_path / "model", form, change=change, **options
         )
         return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_float() -> Checkpoint:
+    """The trained float model of the repository."""
+    return from_meta(Path(__file__).resolve().parents[2] / "examples" / "tiny-llama" / "bf16")
+
+
+@pytest.fixture
+def write_gguf(gguf_layout: ModuleType, tmp_path: Path) -> Callable[..., Path]:
+    """Write a float checkpoint as GGUF: write_gguf(checkpoint, types, change=None, table=None)."""
+
+    def write(checkpoint: Checkpoint, types: Any, change: Any = None, table: Any = None) -> Path:
+        layout = gguf_layout.make_layout(checkpoint, types, table)
+        if change is not None:
+            change(layout)
+        written: Path = layout.write(tmp_path / "model Q.gguf")
+        return written
 
     return write
 

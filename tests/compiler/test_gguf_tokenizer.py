@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,26 +12,19 @@ import numpy as np
 import pytest
 
 from llamac.compiler.checkpoint import Checkpoint
+from llamac.compiler.frontends.gguf import from_gguf
 from llamac.compiler.frontends.gguf_file import GgufFile, open_gguf
 from llamac.compiler.frontends.gguf_tokenizer import write_tokenizer
-from llamac.compiler.frontends.meta import from_meta
 from llamac.runtime.errors import LlamacError, TokenizerError
 
-TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
 VOCAB, RANKS = 1024, 1008
 U32, STRING, ARRAY = 4, 8, 9
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Checkpoint:
-    """A model with 1008 tokens and 16 special ones."""
-    return from_meta(TINY / "bf16")
-
-
 @pytest.fixture
-def layout(gguf_layout: ModuleType, tiny: Checkpoint) -> Any:
+def layout(gguf_layout: ModuleType, tiny_float: Checkpoint) -> Any:
     """A file with the tokenizer alone."""
-    return gguf_layout.Layout(gguf_layout.tokenizer_fields(tiny))
+    return gguf_layout.Layout(gguf_layout.tokenizer_fields(tiny_float))
 
 
 Write = Callable[[Any], bytes]
@@ -50,10 +44,10 @@ def convert(tmp_path: Path) -> Write:
 
 @pytest.mark.parametrize("pattern", ["llama-bpe", "llama3", "llama-v3"])
 def test_the_file_is_made_again(
-    layout: Any, convert: Write, tiny: Checkpoint, pattern: str
+    layout: Any, convert: Write, tiny_float: Checkpoint, pattern: str
 ) -> None:
     layout.metadata["tokenizer.ggml.pre"] = (STRING, pattern)
-    assert convert(layout) == tiny.tokenizer.read_bytes()
+    assert convert(layout) == tiny_float.tokenizer.read_bytes()
 
 
 def test_tokens_that_are_not_special_by_their_kind(layout: Any, convert: Write) -> None:
@@ -64,14 +58,12 @@ def test_tokens_that_are_not_special_by_their_kind(layout: Any, convert: Write) 
 
 
 def test_llama_3s_own_tokenizer(
-    gguf_layout: ModuleType, shared_data: Path, tmp_path: Path, tiny: Checkpoint
+    gguf_layout: ModuleType, shared_data: Path, tmp_path: Path, tiny_float: Checkpoint
 ) -> None:
     """128,000 tokens, and the 280,147 merges that llama.cpp's files have."""
     path = shared_data / "llama3_tokenizer" / "tokenizer.model"
-    from dataclasses import replace  # noqa: PLC0415
-
-    config = replace(tiny.config, vocab_size=128256)
-    checkpoint = replace(tiny, tokenizer=path, config=config)
+    config = replace(tiny_float.config, vocab_size=128256)
+    checkpoint = replace(tiny_float, tokenizer=path, config=config)
     layout = gguf_layout.Layout(gguf_layout.tokenizer_fields(checkpoint))
     assert len(layout.metadata["tokenizer.ggml.merges"][1].values) == 280_147
     file = open_gguf(layout.write(tmp_path / "t.gguf"))
@@ -161,15 +153,13 @@ def test_nothing_is_written_when_it_is_refused(layout: Any, convert: Write, tmp_
 
 
 def test_a_tokenizer_can_be_given(
-    gguf_layout: ModuleType, tiny: Checkpoint, tmp_path: Path
+    gguf_layout: ModuleType, tiny_float: Checkpoint, tmp_path: Path
 ) -> None:
     """Then the file's own is not looked at."""
-    from llamac.compiler.frontends.gguf import from_gguf  # noqa: PLC0415
-
-    layout = gguf_layout.make_layout(tiny)
+    layout = gguf_layout.make_layout(tiny_float)
     del layout.metadata["tokenizer.ggml.model"]
     path = layout.write(tmp_path / "t.gguf")
-    assert from_gguf(path, tokenizer=tiny.tokenizer).tokenizer == tiny.tokenizer
+    assert from_gguf(path, tokenizer=tiny_float.tokenizer).tokenizer == tiny_float.tokenizer
     with pytest.raises(TokenizerError):
         from_gguf(path)
 
