@@ -205,10 +205,12 @@ class _Emitter:
             raise self._refuse(f"a product with {step.attrs['weight']} weights", step)
         rows, columns = self._shape(codes)
         packed = self.file.weight(codes, pack_int4(self.weights.read(codes), group))
-        narrow = self._float16(scales, self.weights.read(scales))
-        if narrow.min() < np.finfo(_F16).smallest_normal:
+        values = self.weights.read(scales)
+        narrow = self._float16(scales, values)
+        smallest = np.abs(narrow[values != 0]).min(initial=1)
+        if smallest < np.finfo(_F16).smallest_normal:
             raise ValuesInvalid(
-                f"{scales} holds scales down to {narrow.min():g}, below float16's normal numbers",
+                f"{scales} holds scales down to {smallest:g}, below float16's normal numbers",
                 cause="HTP takes the scales of int4 weights as float16, which loses their bits",
                 fix="compile this model for the CPU, with bfloat16 scales",
             )

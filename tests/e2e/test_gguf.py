@@ -136,3 +136,16 @@ def test_arm_kernels_take_negative_scales(
     assert report.passed
     expected = {"cortex-a57": "neon", "cortex-a76": "dotprod"}.get(cpu, "i8mm")
     assert report.level == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime_qnn") is None,
+    reason="optional extra: pip install 'llamac[qnn]' (Qualcomm's licence)",
+)
+def test_graphs_of_the_htp_take_negative_scales(q4_0: Path, compiled: Callable[..., Path]) -> None:
+    """On Qualcomm's library for x86-64, beside the same layers in float64."""
+    bundle = compiled(q4_0, target="sm8650", processors=("cpu", "htp"), chunks=(8,))
+    verification = read_manifest(bundle).verification
+    assert verification.status == "passed"
+    assert any(o.name == "decode: decode_layers_0_3" for o in verification.operations)

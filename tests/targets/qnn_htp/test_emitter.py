@@ -99,7 +99,12 @@ def test_float_weights_are_refused(tiny: Any, chunks_of: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("factor", "message"), [(1e8, "outside float16's range"), (1e-4, "below float16's normal")]
+    ("factor", "message"),
+    [
+        (1e8, "outside float16's range"),
+        (1e-4, "below float16's normal"),
+        (-1e-4, "below float16's normal"),
+    ],
 )
 def test_scales_that_float16_loses_are_refused(
     factor: float, message: str, tiny: Any, chunks_of: Any, tmp_path: Path
@@ -109,3 +114,17 @@ def test_scales_that_float16_loses_are_refused(
     chunk = chunks_of(checkpoint, 1, 64)[0]
     with pytest.raises(ValuesInvalid, match=f"{name}.*{message}"):
         write_chunk(chunk, Altered(checkpoint.weights, name, factor), tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.0])
+def test_scales_may_be_negative_or_0(
+    factor: float, tiny: Any, chunks_of: Any, tmp_path: Path
+) -> None:
+    """As those of GGUF's Q4_0; `tests/e2e/test_gguf.py` computes with them."""
+    checkpoint, name = tiny("spinquant"), "layers.0.attention.wk.scales"
+    chunk = chunks_of(checkpoint, 1, 64)[0]
+    write_chunk(chunk, Altered(checkpoint.weights, name, factor), tmp_path / "x.onnx")
+    tensors = onnx.load(tmp_path / "x.onnx").graph.initializer
+    [stored] = [onnx.numpy_helper.to_array(t) for t in tensors if t.name == name]
+    expected = checkpoint.weights.read(name).reshape(-1).astype(np.float16) * np.float16(factor)
+    np.testing.assert_array_equal(stored, expected)
