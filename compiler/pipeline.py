@@ -53,6 +53,7 @@ from llamac.runtime.manifest import (
 )
 from llamac.targets.base import Artifact, Identity, Lowered, LowerOptions, Offloaded, Target
 from llamac.targets.program import Program
+from llamac.targets.tuning.book import open_book
 
 DEFAULT_CONTEXT = 8192
 LARGEST_CONTEXT = 131072  # what Llama 3 was trained for
@@ -85,6 +86,8 @@ class CompileConfig:
         dump: folder for the IR after each stage.
         overwrite: replace a bundle that exists.
         threads: for verification.
+        records: file of tuning records, instead of the user's folder; shipped ones are below it.
+        require_tuned: refuse kernels whose knobs are only defaults.
     """
 
     model: Path
@@ -105,6 +108,8 @@ class CompileConfig:
     dump: Path | None = None
     overwrite: bool = False
     threads: int = 2
+    records: Path | None = None
+    require_tuned: bool = False
 
 
 def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
@@ -294,8 +299,9 @@ def _read_text(path: Path | None) -> str | None:
 
 
 def _lower_options(config: CompileConfig, checkpoint: Checkpoint, context: int) -> LowerOptions:
-    dtypes, check = (config.scale_dtype, config.kv_dtype), scale_check(checkpoint.quant)
-    return LowerOptions(context, config.chunks, *dtypes, check)
+    check, book = scale_check(checkpoint.quant), open_book(config.records)
+    options = (config.chunks, config.scale_dtype, config.kv_dtype, check)
+    return LowerOptions(context, *options, book, config.require_tuned)
 
 
 def _identity(

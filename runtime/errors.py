@@ -18,6 +18,9 @@ and a `fix`. `docs/errors.md` has one section per code, and a test compares the 
     │   ├── SocUnknown              soc-unknown            no SoC file of that name
     │   ├── SocInvalid              soc-invalid            a SoC file breaks the schema
     │   ├── TargetUnknown           target-unknown         no plug-in for that processor
+    │   ├── RecordsInvalid          records-invalid        a file holds no tuning records
+    │   ├── TuningMissing           tuning-missing         no record for a kernel that needs one
+    │   ├── TuningImpossible        tuning-impossible      nothing to tune, or no way to measure it
     │   ├── ToolchainMissing        toolchain-missing      a compiler, emulator or SDK was not found
     │   └── BuildFailed             build-failed           a tool ran and failed
     ├── CoverageError           coverage              an operation no target can compile
@@ -140,6 +143,24 @@ class TargetUnknown(TargetError):
     """No plug-in for that processor."""
 
     code = "target-unknown"
+
+
+class RecordsInvalid(TargetError):
+    """A file does not hold tuning records, or those of another format."""
+
+    code = "records-invalid"
+
+
+class TuningMissing(TargetError):
+    """A kernel has no tuning record, and the user wants one for each."""
+
+    code = "tuning-missing"
+
+
+class TuningImpossible(TargetError):
+    """There is nothing to tune, or no way to measure it here."""
+
+    code = "tuning-impossible"
 
 
 class ToolchainMissing(TargetError):

@@ -40,10 +40,14 @@ class QMatmulInt8Shape:
 
 
 def valid(shape: QMatmulInt8Shape, knobs: Mapping[str, int]) -> bool:
-    """Whether accumulators and weights fit the registers and no tile leaves its panel."""
+    """Whether accumulators and weights fit the registers and no tile leaves its panel.
+
+    There is no prefetch.
+    """
     mr, chains = knobs["mr"], knobs["chains"]
     fits = QUADS * mr * chains + QUADS + 4 <= 32
-    return fits and chains <= 4 and (mr == 1 if shape.m == 1 else mr in (2, 4))
+    tile = mr == 1 if shape.m == 1 else mr in (2, 4)
+    return tile and fits and chains <= 4 and not knobs.get("prefetch", 0)
 
 
 def default(shape: QMatmulInt8Shape) -> dict[str, int]:

@@ -51,7 +51,7 @@ VERSION = 1
 MOST_KEPT_BYTES = 64 << 10
 
 KNOBS: Mapping[str, tuple[int | str, ...]] = {
-    "mr": (4, 8, 12, 16),  # tokens per tile of four rows; a GEMV has one
+    "mr": (1, 4, 8, 12, 16),  # tokens per tile of four rows; 1 is a GEMV's
     "unroll": (1, 2, 4),  # groups per iteration of the hot loop
     "prefetch": (0, 4, 8, 16, 32),  # groups ahead, of a GEMV
     "unpack_once": (0, 1),  # of a GEMM: a quad for all panels, through memory
@@ -62,7 +62,9 @@ KNOBS: Mapping[str, tuple[int | str, ...]] = {
 def valid(shape: QMatmulShape, isa: ArmNeon, knobs: Knobs) -> bool:
     """Whether tiles fit a panel, kept quads the stack, and the unrolled loop the columns."""
     if shape.m == 1:
-        tile = knobs["mr"] == 1
+        tile = knobs["mr"] == 1 and not knobs.get("unpack_once", 0)
+    elif knobs["mr"] == 1 or knobs.get("prefetch", 0):
+        return False
     elif isinstance(isa, Scalable):
         tile = knobs["mr"] == PANEL and not knobs.get("unpack_once", 0)
     else:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llamac.targets.cpu.kernels import KernelSpec
     from llamac.targets.program import Pack, Program
     from llamac.targets.soc import Level, SoC
+    from llamac.targets.tuning.book import RecordBook
 
 GRAPH_ROLE = "graph"
 """Role of the files that an accelerator's graphs are in."""
@@ -82,6 +83,8 @@ class LowerOptions:
         scale_dtype: "float16" or "bfloat16", of the int4 group scales.
         kv_dtype: "float16" or "int8".
         check_scales: called with (name, scales) before they are rounded; raises if they do not fit.
+        records: where tuned knobs are looked up; None: all kernels get their defaults.
+        require_tuned: a kernel of the best level without a record that fits is an error.
     """
 
     context_length: int
@@ -89,6 +92,8 @@ class LowerOptions:
     scale_dtype: str
     kv_dtype: str
     check_scales: Callable[[str, NDArray[Any]], None] | None = None
+    records: RecordBook | None = None
+    require_tuned: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,6 +261,7 @@ class Target(ABC):
 
         Raises:
             CoverageError: there is no kernel for an operation; it is named with its place.
+            TuningMissing: a kernel has no record, and the options want one.
         """
 
     @abstractmethod

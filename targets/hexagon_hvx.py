@@ -59,6 +59,11 @@ class HexagonHvx(CpuTarget):
         assert self.soc.hexagon is not None
         return self.soc.hexagon.version
 
+    @property
+    def tuned_core(self) -> str:
+        """The DSP by its version."""
+        return self.version
+
     def tvm_target(self, level: str = "") -> dict[str, Any]:
         """TVM target of a level; the best one by default."""
         isas = self.isas()

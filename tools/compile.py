@@ -25,6 +25,9 @@ examples:
   llamac compile MODEL --target host -o out --dump ir/ --report report.json
   llamac compile MODEL --target sm8650 --processors cpu,htp --chunks 128 -o phone
 
+Kernels get their knobs from the records of `llamac tune`, then from those that came with
+llamac, else from their generators; one line says how many got which.
+
 MODEL is a folder with params.json, tokenizer.model and a .pth file, as Meta publishes them, or the
 .pth file itself, or a GGUF file. TARGET is a name from `llamac targets`; `host` is this machine.
 The bundle appears under its name when it is complete and verified, and not before.
@@ -61,6 +64,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace a bundle that is there")
     parser.add_argument("--name", help="name of the model in the manifest (default: MODEL's)")
+    _add_tuning_options(parser.add_argument_group("tuning"))
     _add_model_options(parser.add_argument_group("model"))
     _add_check_options(parser.add_argument_group("verification and reports"))
 
@@ -117,6 +121,20 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_tuning_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--records",
+        metavar="FILE",
+        type=Path,
+        help="tuning records to use (default: those that `llamac tune` wrote for you)",
+    )
+    group.add_argument(
+        "--require-tuned",
+        action="store_true",
+        help="fail if a kernel of the best level has no record and would get its defaults",
+    )
+
+
 def _add_check_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--no-verify",
@@ -154,6 +172,8 @@ def run(args: argparse.Namespace) -> int:
         dump=args.dump,
         overwrite=args.force,
         threads=args.threads,
+        records=args.records,
+        require_tuned=args.require_tuned,
     )
     report = compile_bundle(config, progress_for(args))
     if not args.quiet:

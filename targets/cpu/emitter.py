@@ -15,6 +15,7 @@ from llamac.schedules.intrin.isa import Isa
 from llamac.schedules.kernel import over_all_items, work_items
 from llamac.targets.cpu.composite_calls import Call, dims, read_calls
 from llamac.targets.cpu.kernels import KernelSpec
+from llamac.targets.cpu.knobs import KnobChooser
 from llamac.targets.program import Pack
 
 # Last parts of the names of the tensors that kernels update in place.
@@ -52,14 +53,21 @@ class Selection:
 class KernelLibrary:
     """Kernels of a module, each added once."""
 
-    def __init__(self, builder: BlockBuilder, selection: Selection, isa: Isa) -> None:
+    def __init__(
+        self,
+        builder: BlockBuilder,
+        selection: Selection,
+        isa: Isa,
+        chooser: KnobChooser | None = None,
+    ) -> None:
         self._builder, self.selection, self.isa = builder, selection, isa
+        self._chooser = chooser
         self._vars: dict[str, Any] = {}
 
     def add(self, family: str, shape: Any, name: str) -> Any:
         """Global variable of a kernel, which is added at its first use."""
         if name not in self._vars:
-            spec = KernelSpec(name, family, shape)
+            spec = KernelSpec(name, family, shape, self._chooser)
             function = spec.make(self.isa)
             self.selection.kernels[name] = spec
             self.selection.work[name] = work_items(function)

@@ -1,8 +1,8 @@
 """Compiled kernels by what they were compiled from, so that a second compilation takes seconds.
 
 An object file is found again by the hash of everything that decides its bytes: the generators'
-source, the kernel's shape and name, the instruction set, and the versions of TVM and of its LLVM.
-The cache lies in `$XDG_CACHE_HOME/llamac/kernels` and may be deleted at any time;
+source, the kernel's shape, knobs and name, the instruction set, and the versions of TVM and of its
+LLVM. The cache lies in `$XDG_CACHE_HOME/llamac/kernels` and may be deleted at any time;
 `LLAMAC_KERNEL_CACHE=0` turns it off.
 """
 
@@ -67,11 +67,12 @@ def _keep(data: bytes, cached: Path) -> None:
 
 def _place(spec: KernelSpec, isa: Isa, symbol: str) -> Path:
     parts = {
-        "generators": _generators(),
+        "generators": generators_hash(),
         "isa": inspect.getsource(type(isa)),
         "target": isa.target,
         "family": spec.family,
         "shape": repr(spec.shape),
+        "knobs": dict(spec.choice(isa).knobs),
         "symbol": symbol,
         "tvm": version("apache-tvm"),
         "tvm-ffi": version("apache-tvm-ffi"),
@@ -81,7 +82,7 @@ def _place(spec: KernelSpec, isa: Isa, symbol: str) -> Path:
 
 
 @cache
-def _generators() -> str:
+def generators_hash() -> str:
     """Hash of the source of all generators."""
     digest = hashlib.sha256()
     for path in sorted(SCHEDULES.rglob("*.py")):

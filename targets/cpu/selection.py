@@ -36,18 +36,27 @@ from llamac.schedules.select import TakeRowShape
 from llamac.targets.cpu.composite_calls import Call, dims, entry_functions, prefix
 from llamac.targets.cpu.emitter import Columns, KernelLibrary, Quantized, Selection
 from llamac.targets.cpu.graph_rules import GraphRules
+from llamac.targets.cpu.knobs import KnobChooser
 from llamac.targets.cpu.linear_rules import LinearRules
 
 
-def select_kernels(module: IRModule, scale_dtype: str, isa: Isa) -> Selection:
+def select_kernels(
+    module: IRModule, scale_dtype: str, isa: Isa, chooser: KnobChooser | None = None
+) -> Selection:
     """Cover all functions of composites with kernels, built for `isa` in the returned module.
+
+    Args:
+        module: the composites.
+        scale_dtype: of int4 group scales.
+        isa: of the best level.
+        chooser: looks up tuned knobs; None: the generators' defaults.
 
     Raises:
         CoverageError: a composite that no rule covers.
     """
     builder = BlockBuilder()
     selection = Selection(IRModule({}), {}, {})
-    library = KernelLibrary(builder, selection, isa)
+    library = KernelLibrary(builder, selection, isa, chooser)
     for name, function in sorted(entry_functions(module).items()):
         _FunctionSelector(builder, library, module, function, scale_dtype).emit(name)
     selection.module = builder.finalize()

@@ -71,6 +71,11 @@ class CpuTarget(Target):
         """Instruction sets of the levels of this SoC, best first."""
 
     @property
+    def tuned_core(self) -> str:
+        """The core that kernels are tuned for, in the words of records."""
+        return self.soc.clusters[0].core
+
+    @property
     def alignment(self) -> int:
         """Bytes to which every tensor is aligned, so that all levels can read it."""
         return max(isa.alignment for isa in self.isas())
@@ -102,13 +107,26 @@ class CpuTarget(Target):
         )
 
     def lower(self, mod: IRModule, options: LowerOptions) -> Lowered:
-        """Choose kernels, and plan the places of all tensors."""
+        """Choose kernels and their knobs, and plan the places of all tensors.
+
+        The notes say where the knobs of the best level came from.
+        """
+        from llamac.targets.cpu.kernels import tunable_kernels  # noqa: PLC0415
+        from llamac.targets.cpu.knobs import KnobChooser, check_all_tuned, summary  # noqa: PLC0415
         from llamac.targets.cpu.plan import plan_program  # noqa: PLC0415
         from llamac.targets.cpu.selection import select_kernels  # noqa: PLC0415
 
-        selection = select_kernels(mod, options.scale_dtype, self.isas()[0])
+        isa = self.isas()[0]
+        chooser = None
+        if options.records is not None:
+            chooser = KnobChooser(self.soc.name, self.tuned_core, options.records)
+        selection = select_kernels(mod, options.scale_dtype, isa, chooser)
         program = plan_program(selection, self.alignment)
-        return Lowered(selection.module, program, kernels=selection.kernels)
+        kernels = tunable_kernels(selection.kernels, isa)
+        if options.require_tuned:
+            check_all_tuned(kernels, isa.name)
+        notes = () if chooser is None else (summary(kernels),)
+        return Lowered(selection.module, program, kernels=selection.kernels, notes=notes)
 
     def pack(
         self, pack: Pack, weights: WeightReader, options: LowerOptions

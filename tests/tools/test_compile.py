@@ -62,6 +62,8 @@ def test_compile_passes_its_defaults(compiler: Compiler) -> None:
         "dump": None,
         "overwrite": False,
         "threads": 2,
+        "records": None,
+        "require_tuned": False,
     }
 
 
@@ -70,7 +72,7 @@ def test_compile_passes_its_options(compiler: Compiler, tmp_path: Path) -> None:
     options = (
         "--processors htp,cpu --place prefill=htp --context 4096 --chunks 64,8 --scales bfloat16 "
         "--kv-cache int8 --rope-factor 32 --tokenizer t.model --name n --no-verify "
-        "--verify-text v.txt --dump ir "
+        "--verify-text v.txt --dump ir --records r.jsonl --require-tuned "
         f"--force --threads 1 --report {tmp_path / 'report.json'}"
     )
     assert main(["compile", "model", "--target", "sm8650", "-o", "out", *options.split()]) == 0
@@ -93,6 +95,8 @@ def test_compile_passes_its_options(compiler: Compiler, tmp_path: Path) -> None:
         "dump": Path("ir"),
         "overwrite": True,
         "threads": 1,
+        "records": Path("r.jsonl"),
+        "require_tuned": True,
     }
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert report["notes"] == ["assumed a RoPE factor of 32"]
