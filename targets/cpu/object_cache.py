@@ -66,6 +66,12 @@ def _keep(data: bytes, cached: Path) -> None:
 
 
 def _place(spec: KernelSpec, isa: Isa, symbol: str) -> Path:
+    key = object_key(spec, isa, symbol)
+    return cache_folder() / "kernels" / key[:2] / f"{key}.o"
+
+
+def object_key(spec: KernelSpec, isa: Isa, symbol: str) -> str:
+    """Hash of everything that decides the bytes of a kernel, compiled for an instruction set."""
     parts = {
         "generators": generators_hash(),
         "isa": inspect.getsource(type(isa)),
@@ -77,8 +83,7 @@ def _place(spec: KernelSpec, isa: Isa, symbol: str) -> Path:
         "tvm": version("apache-tvm"),
         "tvm-ffi": version("apache-tvm-ffi"),
     }
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / "kernels" / key[:2] / f"{key}.o"
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @cache
