@@ -20,6 +20,7 @@ from llamac.compiler.verify_compare import (
     Comparison,
     compare_close,
     compare_codes,
+    compare_equal,
 )
 from llamac.schedules.attention import AttentionShape
 from llamac.schedules.hadamard import HadamardShape
@@ -30,6 +31,7 @@ from llamac.schedules.qmatmul import GROUP, QMatmulShape
 from llamac.schedules.qmatmul_epilogue import ROWS
 from llamac.schedules.qmatmul_int8_lanes import QMatmulInt8Shape
 from llamac.schedules.quantize import has_offsets
+from llamac.schedules.sampling import ArgmaxShape
 from llamac.targets.cpu import packing
 from llamac.targets.cpu.kernels import KernelSpec
 from llamac.targets.kernel_cost import macs_of
@@ -264,6 +266,15 @@ def _hadamard(shape: HadamardShape, isa: Isa) -> _Operands:
     return _Operands([x], (), 0, compare)
 
 
+def _argmax(shape: ArgmaxShape, isa: Isa) -> _Operands:
+    logits = _rng().normal(size=(1, shape.vocab)).astype(np.float32)
+
+    def compare(outputs: Sequence[Array], rows: int) -> list[Comparison]:
+        return [compare_equal("token", outputs[0], reference.argmax(logits))]
+
+    return _Operands([logits], (), 0, compare)
+
+
 def _position(shape: AttentionShape) -> int:
     return min(POSITION, shape.cache.capacity - shape.tokens)
 
@@ -309,5 +320,6 @@ _FAMILIES: dict[str, Callable[[Any, Isa], _Operands]] = {
     "qmatmul_quads": _int4,
     "qmatmul_hvx": lambda shape, isa: _int4(shape, isa, hvx=True),
     "qmatmul_int8": _int8,
+    "sampling": _argmax,
     "qmatmul_int8_hvx": lambda shape, isa: _int8(shape, isa, hvx=True),
 }

@@ -125,7 +125,7 @@ class CpuTarget(Target):
         kernels = tunable_kernels(selection.kernels, isa)
         if options.require_tuned:
             check_all_tuned(kernels, isa.name)
-        notes = () if chooser is None else (summary(kernels),)
+        notes = () if options.records is None else (summary(kernels), *options.records.notes())
         return Lowered(selection.module, program, kernels=selection.kernels, notes=notes)
 
     def pack(

@@ -83,6 +83,13 @@ class RecordBook:
         """Files with damaged lines, and how many were skipped."""
         return {file.path: file.torn for file in self.files if file.torn}
 
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the files, a line each."""
+        return tuple(
+            f"records of {path.name}: {count} damaged lines were skipped"
+            for path, count in self.torn.items()
+        )
+
     def find(self, query: Query) -> Found | None:
         """The best record for a kernel; None if none fits."""
         layers = [layer.get((query.place.level, query.family), ()) for layer in self._layers]

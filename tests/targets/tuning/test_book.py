@@ -166,6 +166,7 @@ def test_damage_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(f'{RECORD.to_json()}\n{{"format": 1, "so', "utf-8")
     assert open_book(path).torn == {path: 1}
+    assert open_book(path).notes() == ("records of r.jsonl: 1 damaged lines were skipped",)
 
 
 def test_shipped_records_can_be_read() -> None:

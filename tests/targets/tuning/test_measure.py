@@ -23,6 +23,7 @@ from llamac.schedules.matmul import MatmulShape
 from llamac.schedules.qmatmul import QMatmulShape
 from llamac.schedules.qmatmul_int8 import QMatmulInt8Shape
 from llamac.schedules.rope import CacheShape
+from llamac.schedules.sampling import ArgmaxShape
 from llamac.targets.cpu.kernels import KernelSpec
 from llamac.targets.tuning.emulated import AarchCounter, PacketCounter
 from llamac.targets.tuning.host import HostTimer
@@ -46,6 +47,7 @@ KERNELS = {
     "float": ("matmul", MatmulShape(3, 192, 64, "residual")),
     "float swiglu": ("matmul", MatmulShape(3, 192, 64, "swiglu")),
     "lora": ("lora", LoraShape(3, 8, 64)),
+    "argmax": ("sampling", ArgmaxShape(1000)),
     "hadamard": ("hadamard", HadamardShape(2, 256)),
     "attention": ("attention", AttentionShape(8, 4, CacheShape(2, 16, 64))),
     "attention int8": ("attention", AttentionShape(1, 4, CacheShape(2, 16, 2048, "int8"))),
