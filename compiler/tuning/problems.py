@@ -41,6 +41,8 @@ from llamac.targets.tuning.measure import Array, Problem
 POSITION = 1000  # of the first token that attends, if the cache has room for it
 # Products that an emulator computes of a kernel, and the reference: work items beyond are left out.
 JUDGED_PRODUCTS = 24 << 20
+# Of int4 scales: results of products are then about 1, so that no gate of SwiGLU closes everywhere.
+UNIT = np.float32(1 / 16)
 MOST_ROWS = 1024  # of weights that differ
 _HVX_HALF = 32
 
@@ -163,7 +165,8 @@ def _int4(shape: QMatmulShape, isa: Isa, *, hvx: bool = False) -> _Operands:
     half = _HVX_HALF if hvx else ROWS
     x = _activations(shape.m, shape.k)
     codes = rng.integers(-8, 8, (count, shape.k)).astype(np.int8)
-    scales = rng.uniform(0.001, 0.1, (count, shape.k // GROUP)).astype(np.float32)
+    scales = rng.uniform(0.5, 1.5, (count, shape.k // GROUP)).astype(np.float32)
+    scales *= UNIT / np.sqrt(shape.k, dtype=np.float32)
     stored = packing.to_scale_dtype(scales, shape.scale_dtype)
     signed = not hvx and not has_offsets(isa)
     inputs = _code_tensors(isa, x, offsets=not signed)
@@ -226,7 +229,8 @@ def _int8(shape: QMatmulInt8Shape, isa: Isa, *, hvx: bool = False) -> _Operands:
 def _float(shape: MatmulShape, isa: Isa) -> _Operands:
     rng, count = _rng(), _different_rows(shape.n)
     x = rng.normal(size=(shape.m, shape.k)).astype(np.float32)
-    weight = to_bfloat16(rng.normal(size=(count, shape.k)).astype(np.float32))
+    weights = rng.normal(scale=shape.k**-0.5, size=(count, shape.k))
+    weight = to_bfloat16(weights.astype(np.float32))
     inputs = [x, _repeat(packing.block_columns(weight), count, shape.n)]
     residual = _residual(shape)
     inputs += [] if residual is None else [residual]

@@ -26,7 +26,7 @@ from llamac.schedules.rope import CacheShape
 from llamac.schedules.sampling import ArgmaxShape
 from llamac.targets.cpu.kernels import KernelSpec
 from llamac.targets.tuning.emulated import AarchCounter, PacketCounter
-from llamac.targets.tuning.host import HostTimer
+from llamac.targets.tuning.host import HostTimer, idlest_cpu
 from llamac.targets.tuning.measure import Candidate, Measurement, Measurer, Problem
 
 LEVEL = X86Portable()
@@ -133,6 +133,21 @@ def test_a_crash_is_a_failed_candidate(timer: HostTimer) -> None:
 def test_a_level_that_this_machine_lacks_cannot_be_timed() -> None:
     with pytest.raises(TuningImpossible, match="i8mm"):
         HostTimer(I8MM)
+
+
+def test_it_stays_on_an_idle_cpu() -> None:
+    """One of those that it may use."""
+    allowed = os.sched_getaffinity(0)
+    assert idlest_cpu(allowed) in allowed
+    assert idlest_cpu({min(allowed)}) == min(allowed)
+
+
+def test_gates_are_open_in_large_kernels() -> None:
+    """Each row of what the judge looks at has results of a size that can be compared."""
+    large = KernelSpec("k", "qmatmul", QMatmulShape(128, 16384, 2048, "float16", "swiglu"))
+    problem = make_problem(large, LEVEL)
+    far_off = problem.judge([np.zeros((128, 8192), np.float32)])
+    assert "error 1 of the row's largest" in far_off
 
 
 def test_weights_of_one_token_are_streamed() -> None:
