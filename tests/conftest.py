@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def shared_data_dir() -> Path | None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_records_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+def no_records_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What a developer has tuned must not change what is compiled here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
