@@ -52,9 +52,10 @@ def calibrate(
     checkpoint: Checkpoint,
     tokens: Sequence[int],
     progress: Progress,
-    also: Observe | None = None,
     *,
     window: int = WINDOW,
+    also: Observe | None = None,
+    after_layer: Callable[[int], None] | None = None,
 ) -> dict[str, ValueRange]:
     """Let a model read a text and return the ranges of its values.
 
@@ -62,8 +63,9 @@ def calibrate(
         checkpoint: the model.
         tokens: of the text, at least `LEAST_TOKENS`; in windows of `window`, each on its own.
         progress: called after each layer.
-        also: another observer of the same values.
         window: length of a window.
+        also: another observer of the same values.
+        after_layer: called with the number of each layer when all windows are through.
 
     Raises:
         UsageError: too few tokens.
@@ -88,6 +90,8 @@ def calibrate(
         for i, stream in enumerate(windows):
             rows = table[: len(stream)]
             windows[i] = model.layer(f"layers.{layer}", stream, rows, KvCache("float32"), 0)
+        if after_layer is not None:
+            after_layer(layer)
     progress("calibrated", layers, layers)
     return ranges.ranges()
 

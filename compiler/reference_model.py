@@ -7,7 +7,7 @@ and widened to float64 in blocks of rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +18,11 @@ from llamac.compiler.checkpoint import Checkpoint
 from llamac.compiler.config import rope_table
 from llamac.compiler.floats import round_to, widen
 from llamac.compiler.reference import Float64
+<<<<<<< Updated upstream
 from llamac.targets.hadamard import hadamard_grid
+=======
+from llamac.schedules.quantized import Quantization
+>>>>>>> Stashed changes
 
 Observe: TypeAlias = Callable[[str, Float64], None]
 """Called with the label of a value (`targets/chunk.py`) and the value of some or all tokens."""
@@ -27,26 +31,31 @@ Observe: TypeAlias = Callable[[str, Float64], None]
 _NLL_CHUNK = 64
 
 
+KvCodes: TypeAlias = tuple[Quantization, Quantization]
+"""Of keys and of values, where each has one scale for all."""
+
+
 class KvCache:
     """Keys and values of one layer as a bundle stores them.
 
     Args:
         dtype: "float32", "float16", or "int8" (one scale per position and head).
+        codes: as codes with these scales, whatever the dtype.
 
     Raises:
         ValueError: another dtype.
     """
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, codes: KvCodes | None = None) -> None:
         if dtype not in ("float32", "float16", "int8"):
             raise ValueError(f"a KV cache of {dtype!r} is not one of float32, float16, int8")
-        self.dtype = dtype
+        self.dtype, self.codes = dtype, codes
         self._sides: list[list[Float64]] = [[], []]
 
     def append(self, k: Float64, v: Float64) -> tuple[Float64, Float64]:
         """Store new rows [T, Hkv, D]; return all keys and values as they read back, [P, Hkv, D]."""
-        for side, rows in zip(self._sides, (k, v), strict=True):
-            side.append(self._stored(rows))
+        for index, rows in enumerate((k, v)):
+            self._sides[index].append(self._stored(index, rows))
         keys, values = (np.concatenate(side) for side in self._sides)
         return keys, values
 
@@ -55,7 +64,9 @@ class KvCache:
         keys, values = (side[-1] for side in self._sides)
         return keys, values
 
-    def _stored(self, rows: Float64) -> Float64:
+    def _stored(self, side: int, rows: Float64) -> Float64:
+        if self.codes is not None:
+            return self.codes[side].dequantize(self.codes[side].quantize(rows))
         if self.dtype == "int8":
             return reference.dequantize_kv(reference.quantize_kv(rows))
         return round_to(rows, self.dtype).astype(np.float64)
@@ -72,6 +83,7 @@ class ReferenceModel:
             a SpinQuant model is wrong; tests use this to see that they would notice.
         quantize_activations: before products with int4 weights, as the checkpoint asks for it. A
             processor that computes layers in float16 does not.
+        kv_codes: of the KV cache of each layer, where it is stored so.
         observe: called with every value inside the layers.
     """
 
@@ -83,12 +95,14 @@ class ReferenceModel:
         kv_dtype: str = "float16",
         apply_r4: bool = True,
         quantize_activations: bool = True,
+        kv_codes: Mapping[int, KvCodes] | None = None,
         observe: Observe | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.scale_dtype = scale_dtype
         self.kv_dtype = kv_dtype
         self._quantize_activations = quantize_activations
+        self._kv_codes = kv_codes or {}
         self._observe = observe
         self.apply_r4 = apply_r4 and checkpoint.quant.hadamard_r4
         self._weights = checkpoint.weights
@@ -130,7 +144,8 @@ class ReferenceModel:
         return generated
 
     def _empty_cache(self) -> list[KvCache]:
-        return [KvCache(self.kv_dtype) for _ in range(self.checkpoint.config.num_layers)]
+        layers = range(self.checkpoint.config.num_layers)
+        return [KvCache(self.kv_dtype, self._kv_codes.get(layer)) for layer in layers]
 
     def _hidden(self, tokens: Sequence[int], cache: list[KvCache], position: int) -> Float64:
         """The residual stream after the last layer, [T, dim], for tokens from `position` on."""
@@ -227,17 +242,17 @@ class ReferenceModel:
             return reference.linear(x, weight)
         scales = self._weights.read(f"{name}.scales")
         rule = self.checkpoint.quant.activation_rule
+        stored = scales if scales.ndim == 1 else round_to(scales, self.scale_dtype)
+        if name.startswith("layers.") and not self._quantize_activations:
+            return self._float_linear(name, x, weight, stored)
         if scales.ndim == 1:
             return reference.qlinear_int8(x, weight, scales, rule=rule)
-        stored = round_to(scales, self.scale_dtype)
-        if not self._quantize_activations:
-            return self._float_linear(name, x, weight, stored)
         return reference.qlinear_int4(x, weight, stored, self._lora(name), rule=rule)
 
     def _float_linear(
         self, name: str, x: Float64, weight: NDArray[np.int8], scales: NDArray[Any]
     ) -> Float64:
-        """Apply an int4 layer to activations as they are."""
+        """Apply a layer of codes to activations as they are; scales [N] or [N, K/group]."""
         grouped = weight.astype(np.float64).reshape(*scales.shape, -1)
         wide = (grouped * scales.astype(np.float64)[..., None]).reshape(weight.shape)
         result, lora = reference.linear(x, wide), self._lora(name)

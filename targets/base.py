@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tvm.ir.transform import Pass
 
     from llamac.runtime.manifest import GraphEntry
+    from llamac.schedules.quantized import ValueRange
     from llamac.targets.cpu.kernels import KernelSpec
     from llamac.targets.program import Pack, Program
     from llamac.targets.soc import Level, SoC
@@ -94,6 +95,45 @@ class LowerOptions:
     check_scales: Callable[[str, NDArray[Any]], None] | None = None
     records: RecordBook | None = None
     require_tuned: bool = False
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How an accelerator computes layers.
+
+    Attributes:
+        name: in options and manifests, "float16" or "a16w4".
+        summary: of activations, weights and cache, in words.
+        weights: form of the layers' weights, of WEIGHT_FORMS.
+        kv_dtype: of the KV cache that its graphs read; None: that of the CPU.
+        is_calibrated: it must know the ranges of values, which a text shows.
+    """
+
+    name: str
+    summary: str
+    weights: str = "checkpoint"
+    kv_dtype: str | None = None
+    is_calibrated: bool = False
+
+
+WEIGHT_FORMS = ("checkpoint", "lpbq", "int8", "int4")
+"""As the checkpoint has them; int4 in groups of 32 whose scales are 1 to 16 times one of the row; int8
+or int4 with one scale for each row."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a model in the form of a scheme.
+
+    Attributes:
+        scheme: how they are computed.
+        weights: all tensors of the model, those of the layers in the scheme's form.
+        ranges: of the values inside, by their labels (`targets/chunk.py`), if it is calibrated.
+    """
+
+    scheme: Scheme
+    weights: WeightReader
+    ranges: Mapping[str, ValueRange]
 
 
 @dataclass(frozen=True)
@@ -232,7 +272,7 @@ class Target(ABC):
         self,
         mod: IRModule,
         functions: Sequence[str],
-        weights: WeightReader,
+        layers: Layers,
         out: Path,
         progress: Progress,
     ) -> Offloaded:
@@ -241,7 +281,7 @@ class Target(ABC):
         Args:
             mod: the model as composites.
             functions: names of those to take parts of, "decode".
-            weights: of the checkpoint.
+            layers: in the form of one of its schemes.
             out: folder of the bundle; files go into a folder of the processor's name in it.
             progress: called while it lasts.
 
@@ -250,6 +290,10 @@ class Target(ABC):
             ToolchainMissing, BuildFailed: its compiler is missing or failed.
         """
         raise NotImplementedError(f"{self.name} is no accelerator")
+
+    def schemes(self) -> Sequence[Scheme]:
+        """Ways to compute layers on this SoC, the default first. Accelerators only."""
+        return ()
 
     def passes(self) -> Sequence[Pass]:
         """Return passes over the composites it owns (fusion), in order."""

@@ -42,7 +42,7 @@ from llamac.targets.neuropilot.attention import Attention, Positions
 from llamac.targets.neuropilot.norm import NormRanges, rms_norm
 from llamac.targets.neuropilot.operations import Operations
 from llamac.targets.neuropilot.tflite_file import TfliteFile, Value
-from llamac.targets.quantized import Quantization, ValueRange
+from llamac.schedules.quantized import Quantization, ValueRange
 
 if TYPE_CHECKING:
     from llamac.targets.base import WeightReader

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from llamac.targets.neuropilot.operations import Operations
 from llamac.targets.neuropilot.tflite_file import Value
-from llamac.targets.quantized import Quantization, ValueRange
+from llamac.schedules.quantized import Quantization, ValueRange
 
 LARGEST = 32767
 ROUGH_RATIO = 128.0

@@ -12,11 +12,13 @@ from llamac.targets.base import (
     GRAPH_ROLE,
     Artifact,
     Identity,
+    Layers,
     Lowered,
     LowerOptions,
     Missing,
     Offloaded,
     Progress,
+    Scheme,
     Target,
     WeightReader,
 )
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from llamac.targets.qnn_htp.context import ContextBinary
 
 FOLDER = "htp"
+FLOAT16 = Scheme("float16", "float16 activations, int4 weights as in the checkpoint, float16 KV")
 NOTE = "executed by Qualcomm's library for x86-64 at most; not by a phone"
 
 
@@ -52,11 +55,15 @@ class QnnHtp(Target):
             return (Missing(what=f"{PACKAGE} {VERSION}", why=why, fix=error.fix),)
         return ()
 
+    def schemes(self) -> Sequence[Scheme]:
+        """Float16 as the default, from v69 on."""
+        return (FLOAT16,)
+
     def offload(
         self,
         mod: IRModule,
         functions: Sequence[str],
-        weights: WeightReader,
+        layers: Layers,
         out: Path,
         progress: Progress,
     ) -> Offloaded:
@@ -70,7 +77,7 @@ class QnnHtp(Target):
         )
         from llamac.targets.qnn_htp.outline import outline  # noqa: PLC0415
 
-        target = htp_of(self.soc)
+        target, weights = htp_of(self.soc), layers.weights
         num_layers = len(cut_chunks(mod, functions[0], 1))
         count = layers_per_chunk(layer_weight_bytes(weights), num_layers)
         chunks = [chunk for name in functions for chunk in cut_chunks(mod, name, count)]

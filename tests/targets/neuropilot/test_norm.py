@@ -15,7 +15,7 @@ from llamac.targets.neuropilot.interpreter import run_model
 from llamac.targets.neuropilot.norm import NormRanges, rms_norm
 from llamac.targets.neuropilot.operations import Operations
 from llamac.targets.neuropilot.tflite_file import TfliteFile
-from llamac.targets.quantized import Quantization, ValueRange
+from llamac.schedules.quantized import Quantization, ValueRange
 
 EPS = 1e-5
 
