@@ -18,11 +18,8 @@ from llamac.compiler.checkpoint import Checkpoint
 from llamac.compiler.config import rope_table
 from llamac.compiler.floats import round_to, widen
 from llamac.compiler.reference import Float64
-<<<<<<< Updated upstream
-from llamac.targets.hadamard import hadamard_grid
-=======
 from llamac.schedules.quantized import Quantization
->>>>>>> Stashed changes
+from llamac.targets.hadamard import hadamard_grid
 
 Observe: TypeAlias = Callable[[str, Float64], None]
 """Called with the label of a value (`targets/chunk.py`) and the value of some or all tokens."""

@@ -36,13 +36,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamac.runtime.errors import CoverageError, ValuesInvalid
+from llamac.schedules.quantized import Quantization, ValueRange
 from llamac.targets.chunk import Chunk, Step
 from llamac.targets.hadamard import hadamard_grid, hadamard_signs
 from llamac.targets.neuropilot.attention import Attention, Positions
 from llamac.targets.neuropilot.norm import NormRanges, rms_norm
 from llamac.targets.neuropilot.operations import Operations
 from llamac.targets.neuropilot.tflite_file import TfliteFile, Value
-from llamac.schedules.quantized import Quantization, ValueRange
 
 if TYPE_CHECKING:
     from llamac.targets.base import WeightReader

@@ -32,9 +32,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from llamac.schedules.quantized import Quantization, ValueRange
 from llamac.targets.neuropilot.operations import Operations
 from llamac.targets.neuropilot.tflite_file import Value
-from llamac.schedules.quantized import Quantization, ValueRange
 
 LARGEST = 32767
 ROUGH_RATIO = 128.0

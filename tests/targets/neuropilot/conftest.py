@@ -21,8 +21,8 @@ from llamac.compiler.frontends.meta import from_meta
 from llamac.compiler.llama import ModelOptions, build_llama
 from llamac.compiler.reference import Float64
 from llamac.compiler.reference_model import KvCache, ReferenceModel
-from llamac.targets.chunk import Chunk, cut_chunks
 from llamac.schedules.quantized import Quantization, ValueRange
+from llamac.targets.chunk import Chunk, cut_chunks
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "tiny-llama"
 LIMITS = {"a16w8": (-127, 127), "a16w4": (-7, 7)}

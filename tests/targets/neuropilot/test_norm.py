@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("ai_edge_litert", reason="optional extra: pip install 'llamac[neuropilot]'")
 
 from llamac.compiler import reference
+from llamac.schedules.quantized import Quantization, ValueRange
 from llamac.targets.neuropilot.interpreter import run_model
 from llamac.targets.neuropilot.norm import NormRanges, rms_norm
 from llamac.targets.neuropilot.operations import Operations
 from llamac.targets.neuropilot.tflite_file import TfliteFile
-from llamac.schedules.quantized import Quantization, ValueRange
 
 EPS = 1e-5
 
