@@ -21,7 +21,7 @@ from llamac.compiler.checkpoint import Checkpoint, TensorInfo, WeightSource
 from llamac.compiler.gptq import HessianSum, compensate_lpbq, compensate_per_channel
 from llamac.compiler.quantize import Codes
 from llamac.compiler.reference import Float64
-from llamac.compiler.requantize import Lpbq, PerChannel, weights_of
+from llamac.compiler.requantize import Lpbq, PerChannel, quantize_lpbq, weights_of
 from llamac.schedules.quantized import ValueRange
 from llamac.targets.base import Progress, Scheme
 
@@ -110,7 +110,13 @@ class _Writer:
     def _write(self, name: str, hessian: Float64) -> None:
         given = _given(self._weights, name)
         if self._scheme.weights == "lpbq":
-            lpbq = compensate_lpbq(given, hessian)
+            # Codes in groups hardly change: nothing to make good, see docs/numerics.md.
+            is_int4 = isinstance(given, Codes) and given.scales.ndim == 2
+            lpbq = (
+                quantize_lpbq(given, np.diagonal(hessian))
+                if is_int4
+                else compensate_lpbq(given, hessian)
+            )
             scales = lpbq.group_scales().astype(np.float32)
             self._save(name, "multipliers", lpbq.multipliers)
             self._save(name, "row_scales", lpbq.row_scales)

@@ -24,8 +24,8 @@ class ObservedModel(ReferenceModel):
         self, checkpoint: Checkpoint, observe: Callable[[str, Float64], None], **options: Any
     ) -> None:
         super().__init__(checkpoint, **options)
-        self._observe = observe
+        self._see_input = observe
 
     def _linear(self, name: str, x: Float64) -> Float64:
-        self._observe(name, x)
+        self._see_input(name, x)
         return super()._linear(name, x)

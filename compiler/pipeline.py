@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -29,6 +29,12 @@ from llamac.compiler.bundle import (
     write_weights,
 )
 from llamac.compiler.checkpoint import Checkpoint, TensorInfo, scale_check
+from llamac.compiler.compile_config import (
+    DEFAULT_CONTEXT,
+    CompileConfig,
+    check_options,
+    read_text,
+)
 from llamac.compiler.config import rope_table
 from llamac.compiler.describe import (
     describe_model,
@@ -40,7 +46,7 @@ from llamac.compiler.dump import Dump
 from llamac.compiler.frontends.recognize import open_checkpoint
 from llamac.compiler.placement import Placement, place_processors
 from llamac.compiler.progress import Progress, Report
-from llamac.runtime.errors import NumericsError, UsageError
+from llamac.runtime.errors import NumericsError
 from llamac.runtime.manifest import (
     MANIFEST_NAME,
     FunctionEntry,
@@ -51,65 +57,25 @@ from llamac.runtime.manifest import (
     TokenizerEntry,
     Verification,
 )
-from llamac.targets.base import Artifact, Identity, Lowered, LowerOptions, Offloaded, Target
+from llamac.targets.base import Artifact, Identity, Lowered, LowerOptions, Target
 from llamac.targets.program import Program
 from llamac.targets.tuning.book import open_book
 
-DEFAULT_CONTEXT = 8192
-LARGEST_CONTEXT = 131072  # what Llama 3 was trained for
-LARGEST_CHUNK = 1024  # longer ones gain nothing: a chunk of 128 already keeps a CPU busy
+if TYPE_CHECKING:
+    from llamac.compiler.offload import OffloadedModel
+
 POSITION_BLOCK = 64  # positions of the KV cache come in blocks, a tile of attention
 PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class CompileConfig:
-    """What the user asked for.
+class _Model:
+    """What the stages after the graphs share."""
 
-    Attributes:
-        model: folder or file of the checkpoint.
-        target: name or path of a SoC file.
-        out: folder of the bundle.
-        processors: of the SoC: one, or "cpu" and an accelerator that takes the layers.
-        placement: which of them computes the layers of a phase, by "prefill" and "decode";
-            phases that are not named belong to the accelerator if there is one.
-        context_length: positions of the KV cache; None: 8192.
-        chunks: prefill lengths, largest first.
-        scale_dtype: of int4 group scales, "float16" or "bfloat16".
-        kv_dtype: of the KV cache, "float16" or "int8".
-        rope_factor: overrides the factor of RoPE scaling.
-        tokenizer: a tokenizer file instead of the checkpoint's.
-        requantize: make int4 of linear layers that no kernel reads as they are (GGUF).
-        name: of the model in the manifest.
-        verify: compare the built library with the reference, and refuse to write one that differs.
-        verify_text: file with text to verify on.
-        dump: folder for the IR after each stage.
-        overwrite: replace a bundle that exists.
-        threads: for verification.
-        records: file of tuning records, instead of the user's folder; shipped ones are below it.
-        require_tuned: refuse kernels whose knobs are only defaults.
-    """
-
-    model: Path
-    target: str
-    out: Path
-    processors: tuple[str, ...] = ("cpu",)
-    placement: Mapping[str, str] = field(default_factory=dict)
-    context_length: int | None = None
-    chunks: tuple[int, ...] = (128, 32, 8)
-    scale_dtype: str = "float16"
-    kv_dtype: str = "float16"
-    rope_factor: float | None = None
-    tokenizer: Path | None = None
-    requantize: bool = False
-    name: str | None = None
-    verify: bool = True
-    verify_text: Path | None = None
-    dump: Path | None = None
-    overwrite: bool = False
-    threads: int = 2
-    records: Path | None = None
-    require_tuned: bool = False
+    config: CompileConfig
+    placed: Placement
+    checkpoint: Checkpoint
+    offloaded: OffloadedModel
 
 
 def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
@@ -118,29 +84,44 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
     Raises:
         LlamacError: one of its classes; nothing is written then.
     """
-    from llamac.compiler.llama import ModelOptions, build_llama  # noqa: PLC0415 (imports TVM)
+    # These import TVM.
+    from llamac.compiler.llama import ModelOptions, build_llama  # noqa: PLC0415
+    from llamac.compiler.offload import (  # noqa: PLC0415
+        calibration_tokens,
+        offload_layers,
+        read_calibration,
+    )
     from llamac.compiler.verify import probe_tokens  # noqa: PLC0415
 
-    _check_options(config)
-    dtypes = {"--scales": config.scale_dtype, "--kv-cache": config.kv_dtype}
-    placed = place_processors(config.target, config.processors, config.placement, dtypes)
+    check_options(config)
+    placed = _place(config)
     target = placed.target
-    text = _read_text(config.verify_text)
+    calibration = read_calibration(config, placed)
+    text = read_text(config.verify_text) or calibration
     dump = Dump(config.dump)
     with bundle_folder(config.out, config.overwrite) as folder:
         with progress.stage("read the checkpoint"):
             checkpoint = read_checkpoint(config)
             tokenizer = describe_tokenizer(checkpoint, TOKENIZER)
             context = DEFAULT_CONTEXT if config.context_length is None else config.context_length
-            options = _lower_options(config, checkpoint, context)
+            options = _lower_options(config, placed, checkpoint, context)
         with progress.stage("build the IR"):
             capacity = kv_capacity(context, config.chunks)
-            module = build_llama(checkpoint, ModelOptions(capacity, config.chunks, config.kv_dtype))
+            module = build_llama(checkpoint, ModelOptions(capacity, config.chunks, placed.kv_dtype))
             dump("composites", module)
         weights = PipelineWeights(checkpoint, capacity)
-        module, graphs = _offload(config, placed, module, weights, folder, progress)
+        offloaded = offload_layers(
+            config,
+            placed,
+            module,
+            checkpoint,
+            calibration_tokens(config, calibration, tokenizer, checkpoint),
+            folder,
+            progress,
+        )
+        model = _Model(config, placed, checkpoint, offloaded)
         with progress.stage("partition and fuse"):
-            module = target.partition(module)
+            module = target.partition(offloaded.module)
             for transform in target.passes():
                 module = transform(module)
             dump("partitioned", module)
@@ -154,27 +135,14 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
             write_header(folder / WEIGHTS, identity.build_id, lowered.program.weights_bytes)
         with progress.stage("build the library") as stage:
             artifacts = list(target.build(lowered, identity, folder, stage.update))
-            artifacts += graphs.artifacts if graphs else ()
-            remove_build_files(folder)
+            artifacts += offloaded.graphs.artifacts if offloaded.graphs else ()
             artifacts += _write_data(folder, checkpoint, lowered.program)
-        verification = Verification(status="skipped")
-        if config.verify:
-            with progress.stage("verify") as stage:
-                tokens = probe_tokens(tokenizer, checkpoint, text, PROBE_TOKENS)
-                verification = _verify(
-                    config, target, folder, lowered.program, checkpoint, artifacts, tokens, stage
-                )
+        tokens = probe_tokens(tokenizer, checkpoint, text, PROBE_TOKENS)
+        verification = _verify(model, folder, lowered.program, artifacts, tokens, progress)
+        remove_build_files(folder)
         with progress.stage("hash and write the manifest"):
             manifest = _manifest(
-                config,
-                checkpoint,
-                tokenizer,
-                placed,
-                (lowered, graphs),
-                identity,
-                verification,
-                folder,
-                artifacts,
+                model, tokenizer, lowered, identity, verification, folder, artifacts
             )
             (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
             sync_folder(folder)
@@ -184,22 +152,11 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
     return progress.report
 
 
-def _offload(
-    config: CompileConfig,
-    placed: Placement,
-    module: Any,
-    weights: PipelineWeights,
-    folder: Path,
-    progress: Progress,
-) -> tuple[Any, Offloaded | None]:
-    """Let the accelerator compile what it takes; the module is what is left, with graphs in it."""
-    accelerator = placed.accelerator
-    if accelerator is None:
-        return module, None
-    with progress.stage(f"compile graphs for {accelerator.processor}") as stage:
-        names = placed.offloaded(config.chunks)
-        graphs = accelerator.offload(module, names, weights, folder, stage.update)
-    return graphs.module, graphs
+def _place(config: CompileConfig) -> Placement:
+    dtypes = {"--scales": config.scale_dtype, "--kv-cache": config.kv_dtype}
+    return place_processors(
+        config.target, config.processors, config.placement, dtypes, config.scheme
+    )
 
 
 def _pack_weights(
@@ -262,45 +219,11 @@ class PipelineWeights:
         return self._table if name == "rope.table" else self._weights.read(name)
 
 
-def _check_options(config: CompileConfig) -> None:
-    """Refuse a name, and lengths of context and chunks, that make no bundle."""
-    if config.name is not None and not (config.name and config.name.isprintable()):
-        raise UsageError(
-            f"a model cannot be called {config.name!r}",
-            cause="a name is one line of printable characters",
-            fix="give another name, or leave it out for that of the checkpoint's folder",
-        )
-    context, chunks = config.context_length, config.chunks
-    if context is not None and not 2 <= context <= LARGEST_CONTEXT:
-        raise UsageError(
-            f"a context of {context} tokens cannot be compiled",
-            cause=f"the KV cache holds 2 to {LARGEST_CONTEXT} tokens",
-            fix=f"leave it out for {DEFAULT_CONTEXT}, or give what you need: memory grows with it",
-        )
-    is_ordered = list(chunks) == sorted(set(chunks), reverse=True)
-    if not is_ordered or not all(2 <= chunk <= LARGEST_CHUNK for chunk in chunks):
-        raise UsageError(
-            f"chunks {','.join(map(str, chunks))} cannot be compiled",
-            cause=f"prefill lengths are 2 to {LARGEST_CHUNK}, each once, largest first",
-            fix="write them like 128,32,8",
-        )
-
-
-def _read_text(path: Path | None) -> str | None:
-    """The text to verify with, read before anything takes time."""
-    try:
-        return None if path is None else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"the text {path} cannot be read",
-            cause=str(error),
-            fix="give the path of a text file in UTF-8",
-        ) from error
-
-
-def _lower_options(config: CompileConfig, checkpoint: Checkpoint, context: int) -> LowerOptions:
+def _lower_options(
+    config: CompileConfig, placed: Placement, checkpoint: Checkpoint, context: int
+) -> LowerOptions:
     check, book = scale_check(checkpoint.quant), open_book(config.records)
-    options = (config.chunks, config.scale_dtype, config.kv_dtype, check)
+    options = (config.chunks, config.scale_dtype, placed.kv_dtype, check)
     return LowerOptions(context, *options, book, config.require_tuned)
 
 
@@ -327,14 +250,12 @@ def _write_data(folder: Path, checkpoint: Checkpoint, program: Program) -> list[
 
 
 def _verify(
-    config: CompileConfig,
-    target: Target,
+    model: _Model,
     folder: Path,
     program: Program,
-    checkpoint: Checkpoint,
     artifacts: list[Artifact],
     tokens: Sequence[int],
-    stage: Any,
+    progress: Progress,
 ) -> Verification:
     """Compare what was built with the reference, here or in an emulator.
 
@@ -343,19 +264,23 @@ def _verify(
     """
     from llamac.compiler.verify import verify_library  # noqa: PLC0415
 
-    open_model, where = opener(target, folder, artifacts, WEIGHTS)
-    if open_model is None:
-        return Verification(status="skipped", where=where)
-    report = verify_library(
-        program,
-        open_model,
-        checkpoint,
-        scale_dtype=config.scale_dtype,
-        kv_dtype=config.kv_dtype,
-        tokens=tokens,
-        threads=config.threads,
-        progress=stage.update,
-    )
+    if not model.config.verify:
+        return Verification(status="skipped")
+    with progress.stage("verify") as stage:
+        open_model, where = opener(model.placed.target, folder, artifacts, WEIGHTS)
+        if open_model is None:
+            return Verification(status="skipped", where=where)
+        report = verify_library(
+            program,
+            open_model,
+            model.checkpoint,
+            scale_dtype=model.config.scale_dtype,
+            kv_dtype=model.placed.kv_dtype,
+            layers=model.offloaded.layers,
+            tokens=tokens,
+            threads=model.config.threads,
+            progress=stage.update,
+        )
     if not report.passed:
         raise NumericsError(
             report.first_failure,
@@ -366,18 +291,16 @@ def _verify(
 
 
 def _manifest(
-    config: CompileConfig,
-    checkpoint: Checkpoint,
+    model: _Model,
     tokenizer: TokenizerEntry,
-    placed: Placement,
-    made: tuple[Lowered, Offloaded | None],
+    lowered: Lowered,
     identity: Identity,
     verification: Verification,
     folder: Path,
     artifacts: list[Artifact],
 ) -> Manifest:
-    (lowered, graphs), target = made, placed.target
-    program = lowered.program
+    config, placed, checkpoint = model.config, model.placed, model.checkpoint
+    program, target, graphs = lowered.program, placed.target, model.offloaded.graphs
     notes = (*checkpoint.notes, *lowered.notes, *(graphs.notes if graphs else ()))
     memory = MemoryPlan(
         weights_bytes=program.weights_bytes,
@@ -390,7 +313,7 @@ def _manifest(
         build_id=identity.build_id,
         created_with=tool_versions(),
         model=describe_model(checkpoint, identity.model_name, identity.context_length),
-        quantization=describe_quantization(checkpoint, config.scale_dtype, config.kv_dtype, notes),
+        quantization=describe_quantization(checkpoint, config.scale_dtype, placed.kv_dtype, notes),
         tokenizer=tokenizer,
         target=TargetEntry(
             target.soc.name, target.name, config.processors, target.arch, target.os, levels
@@ -403,4 +326,5 @@ def _manifest(
         files={str(artifact.path): artifact_entry(folder, artifact) for artifact in artifacts},
         verification=verification,
         graphs=graphs.graphs if graphs else (),
+        scheme=model.offloaded.scheme,
     )

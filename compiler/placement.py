@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamac.runtime.errors import TargetUnknown, UsageError
-from llamac.targets.base import Target
+from llamac.targets.base import Scheme, Target
 from llamac.targets.registry import make_target
 from llamac.targets.soc import load_soc
 
 PHASES = ("prefill", "decode")
 CPU = "cpu"
+DEFAULT_KV = "float16"
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,15 @@ class Placement:
         target: owns the model; its library is what a process loads.
         accelerator: computes the layers of some phases, None if there is none.
         phases: that the accelerator has, of PHASES.
+        scheme: how it computes them.
+        kv_dtype: of the KV cache that all share.
     """
 
     target: Target
     accelerator: Target | None = None
     phases: frozenset[str] = frozenset()
+    scheme: Scheme | None = None
+    kv_dtype: str = DEFAULT_KV
 
     def offloaded(self, chunks: Sequence[int]) -> list[str]:
         """Names of the functions whose layers the accelerator computes, given prefill lengths."""
@@ -48,7 +53,8 @@ def place_processors(
     soc_name: str,
     processors: Sequence[str],
     wanted: Mapping[str, str],
-    dtypes: Mapping[str, str],
+    dtypes: Mapping[str, str | None],
+    scheme: str | None = None,
 ) -> Placement:
     """Find the plug-ins for the processors that were asked for.
 
@@ -56,11 +62,12 @@ def place_processors(
         soc_name: name or path of a SoC file.
         processors: kinds, "cpu".
         wanted: processor of a phase, where the user said so.
-        dtypes: what was chosen, by the options "--scales" and "--kv-cache".
+        dtypes: what was chosen, by the options "--scales" and "--kv-cache"; None: the default.
+        scheme: name of the accelerator's; None: its first.
 
     Raises:
         TargetUnknown: the SoC lacks a processor, or they do not go together.
-        UsageError: a phase or a dtype that is not known.
+        UsageError: a phase, a scheme or a dtype that is not known, or that do not go together.
         SocInvalid, ToolchainMissing: see `make_target`.
     """
     soc = load_soc(soc_name)
@@ -75,8 +82,8 @@ def place_processors(
     targets = [make_target(plugins[kind], soc) for kind in dict.fromkeys(processors)]
     for target in targets:
         _check_dtypes(target, dtypes)
-    placement = _combine(soc.name, targets)
-    return _with_phases(placement, wanted)
+    placement = _with_phases(_combine(soc.name, targets), wanted)
+    return _with_scheme(placement, scheme, dtypes["--kv-cache"])
 
 
 def _combine(soc: str, targets: Sequence[Target]) -> Placement:
@@ -124,13 +131,51 @@ def _with_phases(placement: Placement, wanted: Mapping[str, str]) -> Placement:
             cause="prefill and decode were both given to the CPU",
             fix="compile with --processors cpu",
         )
-    return Placement(placement.target, placement.accelerator, frozenset(phases))
+    return replace(placement, phases=frozenset(phases))
 
 
-def _check_dtypes(target: Target, dtypes: Mapping[str, str]) -> None:
+def _with_scheme(placement: Placement, name: str | None, kv_dtype: str | None) -> Placement:
+    """Choose the accelerator's scheme, and the KV cache that goes with it."""
+    schemes = placement.accelerator.schemes() if placement.accelerator else ()
+    names = [scheme.name for scheme in schemes]
+    if name is not None and name not in names:
+        raise UsageError(
+            f"--scheme {name} cannot be used",
+            cause=f"{placement.accelerator.name} has {', '.join(names)} on this SoC"
+            if placement.accelerator
+            else "a scheme tells how an accelerator computes layers, and there is none",
+            fix="choose one of them" if names else "name one with --processors, or leave it out",
+        )
+    if not schemes:
+        return replace(placement, kv_dtype=kv_dtype or DEFAULT_KV)
+    scheme = schemes[names.index(name) if name else 0]
+    _check_scheme(placement, scheme, kv_dtype)
+    return replace(placement, scheme=scheme, kv_dtype=scheme.kv_dtype or kv_dtype or DEFAULT_KV)
+
+
+def _check_scheme(placement: Placement, scheme: Scheme, kv_dtype: str | None) -> None:
+    """Refuse what does not go with a KV cache of the scheme's own."""
+    if scheme.kv_dtype is None:
+        return
+    if kv_dtype not in (None, scheme.kv_dtype):
+        raise UsageError(
+            f"--kv-cache {kv_dtype} does not go with the scheme {scheme.name}",
+            cause=f"its graphs read and write keys and values as {scheme.kv_dtype}",
+            fix="leave out --kv-cache, or choose another --scheme",
+        )
+    if placement.phases != frozenset(PHASES):
+        raise UsageError(
+            f"--place cannot divide a model in the scheme {scheme.name}",
+            cause=f"its graphs have one scale for all {scheme.kv_dtype} keys of a layer, and "
+            "kernels of the CPU write rows with a scale each",
+            fix="leave out --place, or choose another --scheme",
+        )
+
+
+def _check_dtypes(target: Target, dtypes: Mapping[str, str | None]) -> None:
     known = {"--scales": target.scale_dtypes, "--kv-cache": target.kv_dtypes}
     for option, value in dtypes.items():
-        if value not in known[option]:
+        if value is not None and value not in known[option]:
             raise UsageError(
                 f"{option} {value} is not known to {target.name}",
                 cause=f"it reads {', '.join(known[option])}",

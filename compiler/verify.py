@@ -11,6 +11,7 @@ that is missing. What is compared how is told in docs/numerics.md.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from llamac.compiler.checkpoint import Checkpoint
 from llamac.compiler.describe import describe_model, describe_quantization
 from llamac.compiler.frontends.gguf_file import is_gguf
 from llamac.compiler.frontends.recognize import open_checkpoint
+from llamac.compiler.layers import LayerModel
 from llamac.compiler.progress import Progress, SilentProgress
 from llamac.compiler.reference_model import ReferenceModel
+from llamac.compiler.verify_graphs import kv_codes
 from llamac.compiler.verify_steps import OperationResult, StepVerifier, worst_by_kernel
 from llamac.compiler.verify_text import TextResult, compare_text
 from llamac.runtime.backend import BackendModel, BackendSession, Machine
@@ -175,6 +178,7 @@ def verify_library(  # noqa: PLR0913 (keywords, each with a default)
     *,
     scale_dtype: str,
     kv_dtype: str,
+    layers: LayerModel | None = None,
     tokens: Sequence[int],
     all_functions: bool = False,
     threads: int = 2,
@@ -189,6 +193,7 @@ def verify_library(  # noqa: PLR0913 (keywords, each with a default)
         checkpoint: the model, as it was read for compiling.
         scale_dtype: what int4 group scales are stored as.
         kv_dtype: what keys and values are stored as.
+        layers: what graphs were made from, if there are any.
         tokens: of the text; single steps run on the first of them, repeated if they are few.
         all_functions: compare the steps of every prefill function, not of the smallest alone.
         threads: of the library.
@@ -206,7 +211,7 @@ def verify_library(  # noqa: PLR0913 (keywords, each with a default)
         text = list(tokens[: model.info.context_length])
         functions = _functions_to_verify(program, all_functions)
         counter = _Counter(progress, sum(len(f.steps) for f in functions) + len(text))
-        steps = StepVerifier(program, session, checkpoint, scale_dtype, model.info.level)
+        steps = StepVerifier(program, session, checkpoint, scale_dtype, model.info.level, layers)
         warm_up = min(WARM_UP, model.info.context_length - 1)
         operations: list[OperationResult] = []
         for function in functions:
@@ -214,7 +219,7 @@ def verify_library(  # noqa: PLR0913 (keywords, each with a default)
             session.rewind(0)
             session.eval(probe[:warm_up])
             operations += steps.verify(function, probe[warm_up:], warm_up, counter.step)
-        decode, prefill = _references(program, checkpoint, scale_dtype, kv_dtype)
+        decode, prefill = _references(program, checkpoint, scale_dtype, kv_dtype, layers)
         return VerifyReport(
             level=model.info.level,
             operations=tuple(operations),
@@ -224,23 +229,29 @@ def verify_library(  # noqa: PLR0913 (keywords, each with a default)
 
 
 def _references(
-    program: Program, checkpoint: Checkpoint, scale_dtype: str, kv_dtype: str
+    program: Program,
+    checkpoint: Checkpoint,
+    scale_dtype: str,
+    kv_dtype: str,
+    layers: LayerModel | None,
 ) -> tuple[ReferenceModel, ReferenceModel]:
     """The references of decode and of prefill, one object where they are the same.
 
-    A graph does not quantize its activations.
+    A graph quantizes no activations by rows, and has the weights that it was made from.
     """
     graphs = {graph.name for graph in program.graphs()}
+    codes = kv_codes(program.graphs())
     models: dict[bool, ReferenceModel] = {}
 
     def model(function: Function) -> ReferenceModel:
         quantizes = not graphs & {program.kernels[step.kernel].name for step in function.steps}
         if quantizes not in models:
             models[quantizes] = ReferenceModel(
-                checkpoint,
+                checkpoint if quantizes or layers is None else layers.checkpoint,
                 scale_dtype=scale_dtype,
-                kv_dtype=kv_dtype,
+                kv_dtype="float16" if codes else kv_dtype,
                 quantize_activations=quantizes,
+                kv_codes=codes,
             )
         return models[quantizes]
 
@@ -296,7 +307,7 @@ class _Counter:
         self.add(1, what)
 
 
-def verify_bundle(
+def verify_bundle(  # noqa: PLR0913 (keywords, each with a default)
     bundle: Path,
     model: Path,
     text: str | None = None,
@@ -307,6 +318,7 @@ def verify_bundle(
     level: str | None = None,
     all_functions: bool = False,
     machine: Machine | None = None,
+    calibration: str | None = None,
 ) -> VerifyReport:
     """Compare a bundle with the reference arithmetic of the checkpoint it was compiled from.
 
@@ -320,12 +332,15 @@ def verify_bundle(
         level: kernels to run; None takes the best for this CPU.
         all_functions: compare the steps of every prefill function.
         machine: where the bundle runs; None: here.
+        calibration: the text that a scheme of the bundle was calibrated with.
 
     Raises:
         BundleError: the bundle is damaged.
         CheckpointError: the checkpoint cannot be read.
-        UsageError: the checkpoint is not the one that the bundle was compiled from.
+        UsageError: the checkpoint, or the calibration, is not what the bundle was compiled from.
     """
+    from llamac.compiler.offload import layers_of_bundle  # noqa: PLC0415 (imports us)
+
     progress = progress or SilentProgress()
     with progress.stage("read the checkpoint"):
         manifest = read_manifest(bundle)
@@ -335,19 +350,22 @@ def verify_bundle(
         checkpoint = _read_checkpoint(bundle, manifest, model)
         tokens = probe_tokens(manifest.tokenizer, checkpoint, text, max_tokens)
         program = Program.from_json((bundle / PROGRAM_FILE).read_text("utf-8"))
-    with progress.stage("verify") as stage:
-        return verify_library(
-            program,
-            partial(machine.open, bundle, manifest),
-            checkpoint,
-            scale_dtype=manifest.quantization.scale_dtype,
-            kv_dtype=manifest.quantization.kv_cache,
-            tokens=tokens,
-            all_functions=all_functions,
-            threads=threads,
-            level=level,
-            progress=stage.update,
-        )
+    with tempfile.TemporaryDirectory(prefix="llamac-layers-") as folder:
+        layers = layers_of_bundle(manifest, checkpoint, calibration, Path(folder), progress)
+        with progress.stage("verify") as stage:
+            return verify_library(
+                program,
+                partial(machine.open, bundle, manifest),
+                checkpoint,
+                scale_dtype=manifest.quantization.scale_dtype,
+                layers=layers,
+                kv_dtype=manifest.quantization.kv_cache,
+                tokens=tokens,
+                all_functions=all_functions,
+                threads=threads,
+                level=level,
+                progress=stage.update,
+            )
 
 
 def _read_checkpoint(bundle: Path, manifest: Manifest, model: Path) -> Checkpoint:

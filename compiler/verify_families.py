@@ -79,9 +79,12 @@ class StepReference:
         checkpoint: the model.
         scale_dtype: what the bundle stores int4 group scales as.
         level: whose kernels run; it decides how activation codes lie in memory.
+        graphs: compares graphs, and the kernels around them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, scale_dtype: str, level: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, scale_dtype: str, level: str, graphs: GraphReference
+    ) -> None:
         self._arrangement = codes_arrangement(level)
         self._config, self._quant = checkpoint.config, checkpoint.quant
         self._weights, self._scale_dtype = checkpoint.weights, scale_dtype
@@ -101,7 +104,6 @@ class StepReference:
             "select": self._select,
             "sampling": self._sampling,
         }
-        graphs = GraphReference(checkpoint)
         self._families |= {
             "append": graphs.append,
             "convert": graphs.convert,

@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llamac.compiler.checkpoint import Checkpoint
+from llamac.compiler.layers import LayerModel
 from llamac.compiler.verify_compare import EXACT_DB, LARGEST
 from llamac.compiler.verify_families import StepReference, StepRun
+from llamac.compiler.verify_graphs import GraphReference
 from llamac.runtime.backend import BackendSession
 from llamac.schedules.graph import FAMILY
 from llamac.targets.program import SPACES, Function, Pack, Program, ProgramTensor, Step
@@ -118,6 +120,7 @@ class StepVerifier:
         checkpoint: the model.
         scale_dtype: what the bundle stores int4 group scales as.
         level: whose kernels the session runs.
+        layers: what graphs were made from, if there are any.
     """
 
     def __init__(
@@ -127,10 +130,12 @@ class StepVerifier:
         checkpoint: Checkpoint,
         scale_dtype: str,
         level: str,
+        layers: LayerModel | None = None,
     ) -> None:
         self._program, self._session, self._checkpoint = program, session, checkpoint
         self._memory = SessionMemory(session)
-        self._reference = StepReference(checkpoint, scale_dtype, level)
+        graphs = GraphReference(checkpoint if layers is None else layers.checkpoint)
+        self._reference = StepReference(checkpoint, scale_dtype, level, graphs)
 
     def verify(
         self,

@@ -44,6 +44,7 @@ __all__ = [
     "OperationCheck",
     "QuantizationEntry",
     "RopeScalingEntry",
+    "SchemeEntry",
     "TargetEntry",
     "TokenizerEntry",
     "Verification",
@@ -171,6 +172,23 @@ class FunctionEntry:
 
 
 @dataclass(frozen=True)
+class SchemeEntry:
+    """How an accelerator computes the layers.
+
+    `weights` is their form ("checkpoint": as they were). `calibration_sha256` is that of the token
+    ids that showed the ranges of values, as little-endian int32; `loss_db` the signal to noise that
+    other weights left of each linear layer's outputs on them.
+    """
+
+    name: Name
+    summary: str
+    weights: Name
+    calibration_tokens: NotNegative = 0
+    calibration_sha256: Sha256 | None = None
+    loss_db: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class OperationCheck:
     """Signal to quantization noise of one operation against the reference, in dB."""
 
@@ -225,6 +243,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     verification: Verification
     graphs: tuple[GraphEntry, ...] = ()
+    scheme: SchemeEntry | None = None
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
     abi_version: int = ABI_VERSION
@@ -251,8 +270,9 @@ class Manifest:
         for function in result["functions"]:
             if function["processor"] == "cpu":
                 del function["processor"]
-        if not result["graphs"]:
-            del result["graphs"]
+        for name in ("graphs", "scheme"):
+            if not result[name]:
+                del result[name]
         return result
 
     def to_json(self) -> str:

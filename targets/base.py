@@ -117,8 +117,8 @@ class Scheme:
 
 
 WEIGHT_FORMS = ("checkpoint", "lpbq", "int8", "int4")
-"""As the checkpoint has them; int4 in groups of 32 whose scales are 1 to 16 times one of the row; int8
-or int4 with one scale for each row."""
+"""As the checkpoint has them; int4 in groups of 32 whose scales are 1 to 16 times one of the row;
+int8 or int4 with one scale for each row."""
 
 
 @dataclass(frozen=True)

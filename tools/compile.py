@@ -24,6 +24,7 @@ examples:
   llamac compile Llama-3.2-1B-Instruct-Q4_0.gguf --target host -o llama-1b-host
   llamac compile MODEL --target host -o out --dump ir/ --report report.json
   llamac compile MODEL --target sm8650 --processors cpu,htp --chunks 128 -o phone
+  llamac compile MODEL --target sm8350 --processors cpu,htp --calibrate pages.txt -o phone
 
 Kernels get their knobs from the records of `llamac tune`, then from those that came with
 llamac, else from their generators; one line says how many got which.
@@ -62,11 +63,35 @@ def add_parser(subparsers: Subparsers) -> None:
         help="who computes the layers of a phase, as prefill=htp,decode=cpu (default: the HTP if "
         "it is among the processors)",
     )
+    _add_scheme_options(parser.add_argument_group("accelerators"))
     parser.add_argument("--force", action="store_true", help="replace a bundle that is there")
     parser.add_argument("--name", help="name of the model in the manifest (default: MODEL's)")
     _add_tuning_options(parser.add_argument_group("tuning"))
     _add_model_options(parser.add_argument_group("model"))
     _add_check_options(parser.add_argument_group("verification and reports"))
+
+
+def _add_scheme_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--scheme",
+        metavar="NAME",
+        help="how an accelerator computes layers: `llamac targets SOC` lists them (default: its "
+        "first)",
+    )
+    group.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        type=Path,
+        help="text like what the model will be used on; schemes with integer activations take the "
+        "ranges of values from it, and weights that suit them",
+    )
+    group.add_argument(
+        "--calibration-tokens",
+        metavar="N",
+        type=positive_int,
+        default=512,
+        help="of that text, at most (default: 512)",
+    )
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -103,8 +128,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--kv-cache",
         choices=("float16", "int8"),
-        default="float16",
-        help="dtype of the KV cache (default: float16)",
+        help="dtype of the KV cache (default: what the scheme has, else float16)",
     )
     group.add_argument(
         "--rope-factor",
@@ -151,7 +175,8 @@ def _add_check_options(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile; print what it took."""
-    from llamac.compiler.pipeline import CompileConfig, compile_bundle  # noqa: PLC0415
+    from llamac.compiler.compile_config import CompileConfig  # noqa: PLC0415
+    from llamac.compiler.pipeline import compile_bundle  # noqa: PLC0415
 
     config = CompileConfig(
         model=args.model,
@@ -159,6 +184,9 @@ def run(args: argparse.Namespace) -> int:
         out=args.output,
         processors=args.processors,
         placement=args.place,
+        scheme=args.scheme,
+        calibration=args.calibrate,
+        calibration_tokens=args.calibration_tokens,
         context_length=args.context,
         chunks=args.chunks,
         scale_dtype=args.scales,

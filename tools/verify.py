@@ -48,6 +48,12 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="what it was compiled from")
     parser.add_argument("--text", metavar="FILE", type=Path, help="text to predict")
     parser.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        type=Path,
+        help="the text that the bundle's scheme was calibrated with",
+    )
+    parser.add_argument(
         "--tokens", metavar="N", type=positive_int, default=64, help="at most (default: 64)"
     )
     parser.add_argument(
@@ -77,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         level=args.level,
         all_functions=args.all_functions,
         machine=emulator,
+        calibration=read_text(args.calibrate) if args.calibrate else None,
     )
     if args.json:
         print_json(report.to_json())

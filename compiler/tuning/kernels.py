@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from llamac.compiler.checkpoint import Checkpoint, TensorInfo
+from llamac.compiler.compile_config import DEFAULT_CONTEXT, CompileConfig
 from llamac.compiler.config import (
     LLAMA_3_2_1B,
     LLAMA_3_2_3B,
@@ -15,12 +16,7 @@ from llamac.compiler.config import (
     LoraConfig,
     QuantConfig,
 )
-from llamac.compiler.pipeline import (
-    DEFAULT_CONTEXT,
-    CompileConfig,
-    kv_capacity,
-    read_checkpoint,
-)
+from llamac.compiler.pipeline import kv_capacity, read_checkpoint
 from llamac.runtime.errors import TuningImpossible, UsageError
 from llamac.runtime.manifest import MANIFEST_NAME, read_manifest
 from llamac.schedules.intrin.isa import Isa

@@ -143,7 +143,7 @@ class CpuTarget(Target):
         from llamac.targets.cpu.entry import Level, entry_source  # noqa: PLC0415
 
         work = out / "build"
-        work.mkdir(parents=True)
+        work.mkdir(parents=True, exist_ok=True)
         levels = [Level(isa.name, isa.features) for isa in self.isas()]
         pairs = list(zip(self.isas(), levels, strict=True))
         objects = compile_levels(lowered, pairs, work, progress)

@@ -23,7 +23,8 @@ from llamac.compiler.bundle import (
     write_header,
     write_weights,
 )
-from llamac.compiler.pipeline import CompileConfig, compile_bundle
+from llamac.compiler.compile_config import CompileConfig
+from llamac.compiler.pipeline import compile_bundle
 from llamac.compiler.progress import SilentProgress
 from llamac.runtime.checks import WeightsHeader
 from llamac.runtime.digest import sample_sha256

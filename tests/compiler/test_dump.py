@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from llamac.compiler.compile_config import CompileConfig
 from llamac.compiler.dump import Dump
-from llamac.compiler.pipeline import CompileConfig, compile_bundle
+from llamac.compiler.pipeline import compile_bundle
 from llamac.compiler.progress import SilentProgress
 from llamac.runtime.errors import OutputError, UsageError
 

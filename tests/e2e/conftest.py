@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llamac.compiler.pipeline import CompileConfig, compile_bundle
+from llamac.compiler.compile_config import CompileConfig
+from llamac.compiler.pipeline import compile_bundle
 from llamac.compiler.progress import SilentProgress
 from llamac.runtime import Session
 from llamac.targets.soc import Level, load_soc, soc_files

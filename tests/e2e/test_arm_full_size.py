@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llamac.compiler.compile_config import CompileConfig
 from llamac.compiler.config import LLAMA_3_2_1B
-from llamac.compiler.pipeline import CompileConfig, compile_bundle, read_checkpoint
+from llamac.compiler.pipeline import compile_bundle, read_checkpoint
 from llamac.compiler.progress import SilentProgress
 from llamac.compiler.reference_model import ReferenceModel
 from llamac.runtime import load

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from llamac.compiler.pipeline import CompileConfig, compile_bundle
+from llamac.compiler.compile_config import CompileConfig
+from llamac.compiler.pipeline import compile_bundle
 from llamac.compiler.progress import SilentProgress
 from llamac.runtime import load
 from llamac.runtime.errors import OutputError, UsageError

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llamac.compiler.compile_config import CompileConfig
 from llamac.compiler.config import LLAMA_3_2_1B
-from llamac.compiler.pipeline import CompileConfig, compile_bundle
+from llamac.compiler.pipeline import compile_bundle
 from llamac.compiler.progress import SilentProgress
 from llamac.compiler.verify import verify_bundle
 from llamac.runtime import load

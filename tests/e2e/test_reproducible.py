@@ -12,7 +12,8 @@ import pytest
 COMPILE = """
 import sys
 from pathlib import Path
-from llamac.compiler.pipeline import CompileConfig, compile_bundle
+from llamac.compiler.compile_config import CompileConfig
+from llamac.compiler.pipeline import compile_bundle
 from llamac.compiler.progress import SilentProgress
 
 model, target, out = sys.argv[1:]

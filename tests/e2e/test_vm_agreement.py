@@ -22,14 +22,9 @@ from tvm import relax
 
 from llamac import runtime
 from llamac.compiler.checkpoint import Checkpoint
+from llamac.compiler.compile_config import CompileConfig
 from llamac.compiler.llama import ModelOptions, build_llama
-from llamac.compiler.pipeline import (
-    CompileConfig,
-    PipelineWeights,
-    compile_bundle,
-    kv_capacity,
-    read_checkpoint,
-)
+from llamac.compiler.pipeline import PipelineWeights, compile_bundle, kv_capacity, read_checkpoint
 from llamac.compiler.progress import SilentProgress
 from llamac.schedules.intrin.isa import Isa
 from llamac.schedules.intrin.x86 import X86_LEVELS

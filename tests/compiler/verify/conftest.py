@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from llamac.compiler.checkpoint import Checkpoint
+from llamac.compiler.compile_config import CompileConfig
 from llamac.compiler.frontends.meta import from_meta
-from llamac.compiler.pipeline import CompileConfig, compile_bundle
+from llamac.compiler.pipeline import compile_bundle
 from llamac.compiler.progress import SilentProgress
 from llamac.compiler.verify import VerifyReport, verify_library
 from llamac.runtime.library import open_library

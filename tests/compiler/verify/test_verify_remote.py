@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from llamac.compiler.pipeline import CompileConfig, compile_bundle
+from llamac.compiler.compile_config import CompileConfig
+from llamac.compiler.pipeline import compile_bundle
 from llamac.compiler.progress import SilentProgress
 from llamac.compiler.verify import verify_bundle, verify_library
 from llamac.runtime.library import open_library
