@@ -81,9 +81,9 @@ def place_processors(
             )
     targets = [make_target(plugins[kind], soc) for kind in dict.fromkeys(processors)]
     for target in targets:
-        _check_dtypes(target, dtypes)
-    placement = _with_phases(_combine(soc.name, targets), wanted)
-    return _with_scheme(placement, scheme, dtypes["--kv-cache"])
+        _check_dtype(target, "--scales", dtypes["--scales"], target.scale_dtypes)
+    placement = _with_scheme(_combine(soc.name, targets), scheme, dtypes["--kv-cache"])
+    return _with_phases(placement, wanted)
 
 
 def _combine(soc: str, targets: Sequence[Target]) -> Placement:
@@ -131,53 +131,52 @@ def _with_phases(placement: Placement, wanted: Mapping[str, str]) -> Placement:
             cause="prefill and decode were both given to the CPU",
             fix="compile with --processors cpu",
         )
+    scheme = placement.scheme
+    if len(phases) < len(PHASES) and scheme is not None and scheme.kv_dtype is not None:
+        raise UsageError(
+            f"--place cannot divide a model in the scheme {scheme.name}",
+            cause=f"its graphs have one scale for all {scheme.kv_dtype} keys of a layer, and "
+            "kernels of the CPU write a scale for each row",
+            fix="leave out --place, or choose another --scheme",
+        )
     return replace(placement, phases=frozenset(phases))
 
 
 def _with_scheme(placement: Placement, name: str | None, kv_dtype: str | None) -> Placement:
     """Choose the accelerator's scheme, and the KV cache that goes with it."""
-    schemes = placement.accelerator.schemes() if placement.accelerator else ()
+    owner, accelerator = placement.target, placement.accelerator
+    schemes = accelerator.schemes() if accelerator else ()
     names = [scheme.name for scheme in schemes]
     if name is not None and name not in names:
         raise UsageError(
             f"--scheme {name} cannot be used",
-            cause=f"{placement.accelerator.name} has {', '.join(names)} on this SoC"
-            if placement.accelerator
+            cause=f"{accelerator.name} has {', '.join(names)} on this SoC"
+            if accelerator
             else "a scheme tells how an accelerator computes layers, and there is none",
-            fix="choose one of them" if names else "name one with --processors, or leave it out",
+            fix="choose one of them"
+            if accelerator
+            else "leave it out, or name an accelerator with --processors",
         )
-    if not schemes:
+    if accelerator is None:
+        _check_dtype(owner, "--kv-cache", kv_dtype, owner.kv_dtypes)
         return replace(placement, kv_dtype=kv_dtype or DEFAULT_KV)
     scheme = schemes[names.index(name) if name else 0]
-    _check_scheme(placement, scheme, kv_dtype)
-    return replace(placement, scheme=scheme, kv_dtype=scheme.kv_dtype or kv_dtype or DEFAULT_KV)
-
-
-def _check_scheme(placement: Placement, scheme: Scheme, kv_dtype: str | None) -> None:
-    """Refuse what does not go with a KV cache of the scheme's own."""
     if scheme.kv_dtype is None:
-        return
-    if kv_dtype not in (None, scheme.kv_dtype):
+        for target in (owner, accelerator):
+            _check_dtype(target, "--kv-cache", kv_dtype, target.kv_dtypes)
+    elif kv_dtype not in (None, scheme.kv_dtype):
         raise UsageError(
             f"--kv-cache {kv_dtype} does not go with the scheme {scheme.name}",
             cause=f"its graphs read and write keys and values as {scheme.kv_dtype}",
             fix="leave out --kv-cache, or choose another --scheme",
         )
-    if placement.phases != frozenset(PHASES):
+    return replace(placement, scheme=scheme, kv_dtype=scheme.kv_dtype or kv_dtype or DEFAULT_KV)
+
+
+def _check_dtype(target: Target, option: str, value: str | None, known: Sequence[str]) -> None:
+    if value is not None and value not in known:
         raise UsageError(
-            f"--place cannot divide a model in the scheme {scheme.name}",
-            cause=f"its graphs have one scale for all {scheme.kv_dtype} keys of a layer, and "
-            "kernels of the CPU write rows with a scale each",
-            fix="leave out --place, or choose another --scheme",
+            f"{option} {value} is not known to {target.name}",
+            cause=f"it reads {', '.join(known)}",
+            fix=f"choose {option} from {', '.join(known)}",
         )
-
-
-def _check_dtypes(target: Target, dtypes: Mapping[str, str | None]) -> None:
-    known = {"--scales": target.scale_dtypes, "--kv-cache": target.kv_dtypes}
-    for option, value in dtypes.items():
-        if value is not None and value not in known[option]:
-            raise UsageError(
-                f"{option} {value} is not known to {target.name}",
-                cause=f"it reads {', '.join(known[option])}",
-                fix=f"choose {option} from {', '.join(known[option])}",
-            )

@@ -12,7 +12,7 @@ from typing import Any
 
 from llamac.compiler.config import LLAMA_3_2_1B, LLAMA_3_2_3B, LlamaConfig
 from llamac.runtime.errors import SocInvalid, TargetUnknown
-from llamac.targets.base import Missing
+from llamac.targets.base import Missing, Scheme
 from llamac.targets.registry import PLANNED, distribution_of, load_target, target_names
 from llamac.targets.soc import Cluster, Processor, SoC, load_soc, soc_files
 from llamac.tools.console import Row
@@ -61,6 +61,7 @@ class PluginState:
         origin: the distribution that brings it, if it is installed.
         cause: why it is broken.
         missing: what it lacks to compile.
+        schemes: ways in which an accelerator computes layers, the default first.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class PluginState:
     origin: str | None = None
     cause: str | None = None
     missing: tuple[Missing, ...] = ()
+    schemes: tuple[Scheme, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -88,10 +90,12 @@ def plugin_state(soc: SoC, processor: Processor) -> PluginState:
         return PluginState(kind, plugin, state)
     origin = distribution_of(plugin)
     try:
-        missing = tuple(load_target(plugin)(soc).check())
+        target = load_target(plugin)(soc)
+        missing, schemes = tuple(target.check()), tuple(target.schemes())
     except TargetUnknown as error:
         return PluginState(kind, plugin, "broken", origin, error.cause)
-    return PluginState(kind, plugin, "lacks tools" if missing else "ready", origin, None, missing)
+    state = "lacks tools" if missing else "ready"
+    return PluginState(kind, plugin, state, origin, None, missing, schemes)
 
 
 def load_all() -> tuple[list[SoC], list[SocInvalid]]:
@@ -151,7 +155,8 @@ def sections(soc: SoC, plugins: Iterable[PluginState]) -> list[tuple[str, list[R
 
 def _plugin_rows(state: PluginState) -> list[Row]:
     lacks = (f"lacks {thing.what}: {thing.why}; {thing.fix}" for thing in state.missing)
-    return [(state.kind, str(state)), *(("", text) for text in lacks)]
+    schemes = (f"scheme {scheme.name}: {scheme.summary}" for scheme in state.schemes)
+    return [(state.kind, str(state)), *(("", text) for text in (*lacks, *schemes))]
 
 
 def _source_rows(sources: Sequence[str]) -> list[Row]:

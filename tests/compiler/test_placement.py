@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -11,6 +13,7 @@ from llamac.compiler import placement
 from llamac.compiler.placement import Placement, place_processors
 from llamac.runtime.errors import TargetUnknown, UsageError
 from llamac.targets.arm_cpu import ArmCpu
+from llamac.targets.base import Scheme
 from llamac.targets.hexagon_hvx import HexagonHvx
 from llamac.targets.qnn_htp.plugin import QnnHtp
 from llamac.targets.soc import load_soc
@@ -77,6 +80,51 @@ def test_what_does_not_go_together_is_refused(
 def test_all_processors_must_know_the_dtypes() -> None:
     with pytest.raises(UsageError, match="--kv-cache int8 is not known to qnn-htp"):
         place_processors(SOC, ("cpu", "htp"), {}, DTYPES | {"--kv-cache": "int8"})
+
+
+class Integers(QnnHtp):
+    """A second scheme, with integers and a cache of its own."""
+
+    def schemes(self) -> Sequence[Scheme]:
+        return (*super().schemes(), Scheme("a16w8", "", "int8", "int8", is_calibrated=True))
+
+
+def test_a_scheme_brings_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CLASSES, "qnn-htp", Integers)
+    dtypes = {"--scales": "float16", "--kv-cache": None}
+    placed = place_processors(SOC, ("cpu", "htp"), {}, dtypes, "a16w8")
+    assert (placed.scheme.name, placed.kv_dtype) == ("a16w8", "int8")
+    assert placed.phases == {"prefill", "decode"}
+    given = place_processors(SOC, ("cpu", "htp"), {}, dtypes | {"--kv-cache": "int8"}, "a16w8")
+    assert given == replace(placed, target=given.target, accelerator=given.accelerator)
+    default = place_processors(SOC, ("cpu", "htp"), {"decode": "cpu"}, dtypes)
+    assert (default.scheme.name, default.kv_dtype) == ("float16", "float16")
+    alone = place_processors(SOC, ("cpu",), {}, dtypes | {"--kv-cache": "int8"})
+    assert (alone.scheme, alone.kv_dtype) == (None, "int8")
+
+
+@pytest.mark.parametrize(
+    ("processors", "wanted", "kv_dtype", "scheme", "words"),
+    [
+        (("cpu", "htp"), {}, "float16", "a16w8", "--kv-cache float16 does not go with"),
+        (("cpu", "htp"), {"decode": "cpu"}, None, "a16w8", "cannot divide a model in the scheme"),
+        (("cpu", "htp"), {}, None, "a8w8", "--scheme a8w8 cannot be used"),
+        (("cpu",), {}, None, "a16w8", "--scheme a16w8 cannot be used"),
+        (("cpu",), {}, "int16", None, "--kv-cache int16 is not known to arm-cpu"),
+    ],
+)
+def test_schemes_that_do_not_fit_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    processors: tuple[str, ...],
+    wanted: dict[str, str],
+    kv_dtype: str | None,
+    scheme: str | None,
+    words: str,
+) -> None:
+    monkeypatch.setitem(CLASSES, "qnn-htp", Integers)
+    dtypes = {"--scales": "float16", "--kv-cache": kv_dtype}
+    with pytest.raises(UsageError, match=words):
+        place_processors(SOC, processors, wanted, dtypes, scheme)
 
 
 def test_an_accelerator_has_no_kernels() -> None:

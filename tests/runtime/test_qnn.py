@@ -376,9 +376,8 @@ def test_nothing_is_leaked_or_overrun(
     program, known = tmp_path / "sanitized", tmp_path / "known"
     flags = ["-std=c11", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     command = ["gcc", *flags, *WARNINGS, f"-I{SUPPORT}", *map(str, SOURCES), "-o", str(program)]
-    built = subprocess.run(
-        [*command, "-ldl", "-lpthread"], capture_output=True, text=True, check=False
-    )
+    command += ["-ldl", "-lpthread"]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode:
         pytest.skip(f"gcc without its sanitizers: {built.stderr.splitlines()[-1]}")
     known.write_text("leak:libQnn\nleak:libHtp\nleak:read_inputs\nleak:_dl_\nleak:dlopen\n")
@@ -396,6 +395,6 @@ def test_aarch64_says_what_is_missing(run: Run, graphs: list[Graph], tmp_path: P
     """It links for both C libraries; the static one runs here as far as to the message."""
     _link(tmp_path / "gnu", "aarch64-linux-gnu.2.28")
     _link(tmp_path / "musl", "aarch64-linux-musl", "-static")
-    emulator = shutil.which("qemu-aarch64")
-    outcome = run(graphs, libraries=tmp_path, command=[emulator or "", tmp_path / "musl"])
+    command = [shutil.which("qemu-aarch64") or "", tmp_path / "musl"]
+    outcome = run(graphs, libraries=tmp_path, command=command)
     _refused(outcome, "cannot open libQnnHtp.so", MISSING)
