@@ -25,9 +25,11 @@ from numpy.typing import NDArray
 from llamac.compiler.checkpoint import Checkpoint, WeightSource
 from llamac.compiler.frontends.meta import from_meta
 from llamac.compiler.gptq import HessianSum, compensate_lpbq, compensate_per_channel
-from llamac.compiler.observed_model import ObservedModel
-from llamac.compiler.quantize import Codes, linear_names
+from llamac.compiler.llama import ModelOptions, build_llama
+from llamac.compiler.offload import linear_inputs
+from llamac.compiler.quantize import Codes
 from llamac.compiler.reference import Float64, sqnr_db
+from llamac.compiler.reference_model import ReferenceModel
 from llamac.compiler.requantize import (
     Lpbq,
     PerChannel,
@@ -82,16 +84,19 @@ def layer_inputs(
     checkpoint: Checkpoint, texts: Sequence[Sequence[int]]
 ) -> dict[str, list[Float64]]:
     """The inputs of all linear layers inside the blocks, one array for each text."""
-    inputs: dict[str, list[Float64]] = {name: [] for name in linear_names(checkpoint.config)}
+    labels = linear_inputs(build_llama(checkpoint, ModelOptions(64, ())), "decode")
+    seen: dict[str, list[Float64]] = {label: [] for label in labels.values()}
 
-    def observe(name: str, x: Float64) -> None:
-        if name in inputs:
-            inputs[name].append(x)
+    def observe(label: str, value: Float64) -> None:
+        if label in seen:
+            seen[label].append(value)
 
-    model = ObservedModel(checkpoint, observe, kv_dtype="float32", quantize_activations=False)
+    model = ReferenceModel(
+        checkpoint, kv_dtype="float32", quantize_activations=False, observe=observe
+    )
     for tokens in texts:
         model.logits(tokens, all_positions=False)
-    return inputs
+    return {name: seen[label] for name, label in labels.items()}
 
 
 def measure(
