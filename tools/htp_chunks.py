@@ -19,15 +19,17 @@ from pathlib import Path
 
 from llamac.compiler.frontends.meta import from_meta
 from llamac.compiler.llama import ModelOptions, build_llama
-from llamac.runtime.errors import LlamacError
+from llamac.runtime.errors import LlamacError, UsageError
 from llamac.targets.chunk import Chunk, cut_chunks
 from llamac.targets.qnn_htp.context import (
     ContextBinary,
     compile_chunks,
+    has_float16,
     htp_of,
     layer_weight_bytes,
     layers_per_chunk,
 )
+from llamac.targets.qnn_htp.emitter import float16_writer
 from llamac.targets.soc import load_soc
 
 
@@ -38,6 +40,12 @@ def compile_layers(given: argparse.Namespace) -> tuple[list[Chunk], list[Context
         LlamacError: see `compile_chunks`.
     """
     target = htp_of(load_soc(given.target))
+    if not has_float16(load_soc(given.target)):
+        raise UsageError(
+            f"the HTP of {given.target} has no scheme in float16",
+            cause="before v69 it takes no int4 weights in groups beside float16 activations",
+            fix="use `llamac compile --scheme a16w4`, or another --target",
+        )
     checkpoint = from_meta(given.checkpoint)
     num_layers = checkpoint.config.num_layers
     per_chunk = given.layers_per_chunk or layers_per_chunk(
@@ -51,7 +59,8 @@ def compile_layers(given: argparse.Namespace) -> tuple[list[Chunk], list[Context
     def progress(what: str, done: int, total: int) -> None:
         print(f"{what}: {done} of {total}", file=sys.stderr)
 
-    return chunks, compile_chunks(chunks, checkpoint.weights, target, given.output, progress)
+    write = float16_writer(checkpoint.weights)
+    return chunks, compile_chunks(chunks, write, target, given.output, progress)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llamac.runtime.errors import BuildFailed, CoverageError, TargetUnknown
+from llamac.runtime.errors import BuildFailed, TargetUnknown
 from llamac.targets.chunk import Chunk
-from llamac.targets.qnn_htp.emitter import write_chunk
 from llamac.targets.qnn_htp.metadata import Metadata, read_metadata
 from llamac.targets.qnn_htp.toolchain import JobFailed, build_failed, find_qnn, run_job
 from llamac.targets.soc import SoC
@@ -35,7 +34,7 @@ SOC_MODELS = {
 }
 """Qualcomm's numbers of SoCs. Source: ExecuTorch backends/qualcomm/serialization/qc_schema.py."""
 
-FIRST_ARCH = 69
+FIRST_FLOAT16_ARCH = 69
 """HTP before v69 has no float16 activations with int4 weights in groups: QNN refuses them."""
 
 MAX_BINARY_BYTES = 4 << 30
@@ -77,12 +76,20 @@ class ContextBinary:
     metadata: Metadata
 
 
+def has_float16(soc: SoC) -> bool:
+    """Whether the HTP of a SoC takes float16 activations with int4 weights in groups."""
+    return soc.hexagon is not None and _arch(soc.hexagon.version) >= FIRST_FLOAT16_ARCH
+
+
+def _arch(version: str) -> int:
+    return int(version.removeprefix("v"))
+
+
 def htp_of(soc: SoC) -> HtpTarget:
     """Return the HTP of a SoC.
 
     Raises:
         TargetUnknown: the SoC has none, or we have no number for it, or its file lacks the VTCM.
-        CoverageError: its HTP is too old for the default scheme.
     """
     hexagon = soc.hexagon
     if hexagon is None or soc.processor("htp") is None:
@@ -91,14 +98,6 @@ def htp_of(soc: SoC) -> HtpTarget:
             cause="its SoC file lists no processor of that kind",
             fix="compile for its CPU, or choose one of " + ", ".join(SOC_MODELS),
         )
-    arch = int(hexagon.version.removeprefix("v"))
-    if arch < FIRST_ARCH:
-        raise CoverageError(
-            f"the HTP of {soc.name} is v{arch}, the default scheme needs v{FIRST_ARCH}",
-            cause="older ones take no float16 activations with int4 weights in groups; the schemes "
-            "that they take need calibrated activations, which llamac does not make yet",
-            fix="compile for its CPU",
-        )
     if soc.name not in SOC_MODELS or hexagon.vtcm_mib is None:
         lacks = "the size of its VTCM" if soc.name in SOC_MODELS else "Qualcomm's number for it"
         raise TargetUnknown(
@@ -106,7 +105,7 @@ def htp_of(soc: SoC) -> HtpTarget:
             cause="QNN would silently compile for another SoC than this one",
             fix="choose one of " + ", ".join(SOC_MODELS),
         )
-    return HtpTarget(soc.name, SOC_MODELS[soc.name], arch, hexagon.vtcm_mib)
+    return HtpTarget(soc.name, SOC_MODELS[soc.name], _arch(hexagon.version), hexagon.vtcm_mib)
 
 
 def layers_per_chunk(weight_bytes: int, num_layers: int) -> int:
@@ -136,14 +135,21 @@ def layer_weight_bytes(weights: WeightReader, layer: int = 0) -> int:
 
 def compile_chunks(
     chunks: Sequence[Chunk],
-    weights: WeightReader,
+    write: Callable[[Chunk, Path], None],
     target: HtpTarget,
     out: Path,
     progress: Progress,
 ) -> list[ContextBinary]:
     """Compile chunks, one after the other, into `out`/<name of the chunk>.bin.
 
-    The bytes depend on the chunk, the weights, the target and QNN's version, and on nothing else.
+    The bytes depend on what is written, the target and QNN's version, and on nothing else.
+
+    Args:
+        chunks: runs of layers.
+        write: writes the ONNX file of a chunk.
+        target: what to compile for.
+        out: folder of the binaries.
+        progress: called before each.
 
     Raises:
         CoverageError: a composite that the scheme does not have.
@@ -155,19 +161,19 @@ def compile_chunks(
     binaries = []
     for done, chunk in enumerate(chunks):
         progress(f"htp: {chunk.name}", done, len(chunks))
-        binaries.append(_compile_chunk(chunk, weights, target, out / f"{chunk.name}.bin"))
+        binaries.append(_compile_chunk(chunk, write, target, out / f"{chunk.name}.bin"))
     progress("htp", len(chunks), len(chunks))
     return binaries
 
 
 def _compile_chunk(
-    chunk: Chunk, weights: WeightReader, target: HtpTarget, path: Path
+    chunk: Chunk, write: Callable[[Chunk, Path], None], target: HtpTarget, path: Path
 ) -> ContextBinary:
     """Emit, compile and read back one chunk, in a folder that is removed again."""
     with tempfile.TemporaryDirectory(prefix=".htp-", dir=path.parent) as text:
         folder = Path(text)
         # Relative names, always the same: QNN names the graph after a hash of the model's path.
-        write_chunk(chunk, weights, folder / "chunk.onnx")
+        write(chunk, folder / "chunk.onnx")
         job = {
             "job": "compile",
             "model": "chunk.onnx",

@@ -31,16 +31,42 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamac.runtime.errors import CoverageError, ValuesInvalid
+from llamac.runtime.errors import ValuesInvalid
 from llamac.schedules.positions import MASKED
 from llamac.schedules.rope import CacheShape
 from llamac.targets.chunk import Chunk, Step
+from llamac.targets.hadamard import hadamard_grid, hadamard_signs
+from llamac.targets.qnn_htp.layer_graph import (
+    HIDDEN,
+    HIDDEN_OUT,
+    MASK,
+    ROPE_COS,
+    ROPE_SIN,
+    LayerGraph,
+    interface,
+    new_rows_name,
+)
 from llamac.targets.qnn_htp.onnx_file import CONTRIB, OnnxFile
 
 if TYPE_CHECKING:
     from llamac.targets.base import WeightReader
 
-HIDDEN, HIDDEN_OUT, ROPE_COS, ROPE_SIN, MASK = "hidden hidden_out rope_cos rope_sin mask".split()
+__all__ = [
+    "HIDDEN",
+    "HIDDEN_OUT",
+    "MASK",
+    "ROPE_COS",
+    "ROPE_SIN",
+    "exact_factors",
+    "float16_writer",
+    "hadamard_pair",
+    "interface",
+    "mask_rows",
+    "new_rows_name",
+    "pack_int4",
+    "write_chunk",
+]
+
 LIMIT = 30000.0
 """Scores are at most this where the mask is 0, and at most -LIMIT where it is MASKED.
 
@@ -63,7 +89,12 @@ def write_chunk(chunk: Chunk, weights: WeightReader, path: Path) -> None:
         ValuesInvalid: scales or adaptors outside float16's range.
     """
     with OnnxFile(path, chunk.name) as file:
-        _Emitter(chunk, weights, file).run()
+        _Float16Graph(chunk, weights, file).run()
+
+
+def float16_writer(weights: WeightReader) -> Callable[[Chunk, Path], None]:
+    """Return `write_chunk` for these weights."""
+    return lambda chunk, path: write_chunk(chunk, weights, path)
 
 
 def mask_rows(position: int, tokens: int, capacity: int) -> NDArray[np.float16]:
@@ -89,20 +120,12 @@ def exact_factors(value: float) -> tuple[float, float]:
 
 def hadamard_pair(length: int) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
     """Matrices L [r, r] and R [c, c] with H(x) = L X R for x as X [r, c], r * c = length."""
-    rows = 1 << (length.bit_length() - 1) // 2
     factors = exact_factors(1 / math.sqrt(length))
     left, right = (
-        (_signs(n) * factor).astype(_F16)
-        for n, factor in zip((rows, length // rows), factors, strict=True)
+        (hadamard_signs(n) * factor).astype(_F16)
+        for n, factor in zip(hadamard_grid(length), factors, strict=True)
     )
     return left, right
-
-
-def _signs(n: int) -> NDArray[np.float64]:
-    """Sylvester's matrix: entry (i, j) is -1 to the number of bits that i and j share."""
-    shared = np.arange(n)[:, None] & np.arange(n)
-    parity = np.array([bin(v).count("1") & 1 for v in range(n)])
-    return np.asarray(1.0 - 2.0 * parity[shared])
 
 
 def pack_int4(codes: NDArray[np.int8], group: int) -> NDArray[np.uint8]:
@@ -114,69 +137,31 @@ def pack_int4(codes: NDArray[np.int8], group: int) -> NDArray[np.uint8]:
     return np.asarray(shifted[..., 0] | (shifted[..., 1] << np.uint8(4)))
 
 
-class _Emitter:
-    """Adds the nodes of a chunk's steps to a file."""
-
-    def __init__(self, chunk: Chunk, weights: WeightReader, file: OnnxFile) -> None:
-        self.chunk, self.weights, self.file = chunk, weights, file
-        self.values = {chunk.source: HIDDEN}
-        self.limits = ""
-
-    def run(self) -> None:
-        """Emit everything."""
-        emitters: dict[str, Callable[[Step], str]] = {
-            "llamac.rms_norm": self._rms_norm,
-            "llamac.qlinear": self._qlinear,
-            "llamac.hadamard": self._hadamard,
-            "llamac.rope": self._rope,
-            "llamac.attention": self._attention,
-            "llamac.swiglu": self._swiglu,
-            "llamac.add": self._add,
-        }
-        attention = next((s for s in self.chunk.steps if s.kind == "llamac.attention"), None)
-        if attention is None:
-            raise self._refuse("a run of layers without attention", self.chunk.steps[0])
-        self._declare(attention)
-        for step in self.chunk.steps:
-            if step.kind not in emitters:
-                raise self._refuse(step.kind, step)
-            self.values[step.results[0]] = emitters[step.kind](step)
-        sink = self.values[self.chunk.sink]
-        self.file.add("Identity", [sink], HIDDEN_OUT)
-        self.file.output(HIDDEN_OUT, (1, *self._shape(self.chunk.sink)))
+class _Float16Graph(LayerGraph):
+    cause = "the default scheme has float16 activations, int4 weights in groups, float16 KV"
+    fix = "compile this model for the CPU, or take a checkpoint with int4 weights"
 
     def _declare(self, attention: Step) -> None:
-        """Declare the inputs that all layers share."""
-        tokens, capacity = self.chunk.tokens, self._shape(attention.args[5])[1]
         self.file.input(HIDDEN, (1, *self._shape(self.chunk.source)))
-        turns = (tokens, 1, attention.attrs["head_dim"] // 2, 1)
-        self.file.input(ROPE_COS, turns)
-        self.file.input(ROPE_SIN, turns)
-        self.file.input(MASK, (tokens, capacity + tokens))
+        self.file.input(ROPE_COS, self._turn_shape(attention))
+        self.file.input(ROPE_SIN, self._turn_shape(attention))
+        self.file.input(MASK, self._mask_shape(attention))
         # From 0 and MASKED to LIMIT and -LIMIT.
         middle = self._node("Sub", MASK, self._scalar(MASKED / 2))
         self.limits = self._node("Mul", middle, self._scalar(-2 * LIMIT / MASKED))
 
-    def _refuse(self, what: str, step: Step) -> CoverageError:
-        places = [name for name in step.args if self.chunk.specs[name].is_param]
-        return CoverageError(
-            f"{self.chunk.name}: {what} ({', '.join(places) or 'no weights'}) has no form on HTP "
-            "in this scheme",
-            cause="the default scheme has float16 activations, int4 weights in groups, float16 KV",
-            fix="compile this model for the CPU, or take a checkpoint with int4 weights",
-        )
+    def _finish(self, sink: str, shape: tuple[int, ...]) -> None:
+        self.file.add("Identity", [sink], HIDDEN_OUT)
+        self.file.output(HIDDEN_OUT, shape)
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return self.chunk.specs[name].shape
+    def _move(self, op: str, *args: str, result: str = "", **attrs: Any) -> str:
+        return self.file.add(op, args, result, **attrs)
 
     def _node(self, op: str, *args: str, **attrs: Any) -> str:
         return self.file.add(op, args, **attrs)
 
     def _scalar(self, value: float) -> str:
         return self.file.constant(np.array(value, _F16))
-
-    def _reshape(self, value: str, *shape: int) -> str:
-        return self._node("Reshape", value, self.file.constant(np.array(shape, np.int64)))
 
     def _float16(self, name: str, values: NDArray[Any], factor: float = 1.0) -> NDArray[np.float16]:
         """Values (bfloat16 as its bits) times a factor in float16, refused if they do not fit."""
@@ -229,97 +214,50 @@ class _Emitter:
             value = self._node("MatMul", value, self.file.weight(name, weight.T))
         return value
 
-    def _hadamard(self, step: Step) -> str:
-        """Two matrix products; the left one by turning the grid, for HTP multiplies by the last."""
-        [x] = step.args
-        tokens, width = self._shape(x)
-        left, right = hadamard_pair(width)
-        grid = self._reshape(self.values[x], tokens, len(left), len(right))
-        grid = self._node("MatMul", grid, self.file.constant(right))
-        grid = self._node("Transpose", grid, perm=[0, 2, 1])
-        grid = self._node("MatMul", grid, self.file.constant(left))
-        return self._reshape(self._node("Transpose", grid, perm=[0, 2, 1]), 1, tokens, width)
+    def _transform(self, grid: str, step: Step, *, is_last: bool) -> str:
+        left, right = hadamard_pair(self._shape(step.args[0])[1])
+        return self._node("MatMul", grid, self.file.constant(left if is_last else right))
 
-    def _rope(self, step: Step) -> str:
-        x, half = step.args[0], step.attrs["head_dim"] // 2
-        tokens, width = self._shape(x)
-        pairs = self._reshape(self.values[x], tokens, width // (2 * half), half, 2)
-        ends = [self.file.constant(np.array([n], np.int64)) for n in (0, 1, 2, 3)]
-        even, odd = (self._node("Slice", pairs, ends[i], ends[i + 1], ends[3]) for i in (0, 1))
-
+    def _turned(self, step: Step, even: str, odd: str) -> tuple[str, str]:
         def turned(first: str, second: str, op: str) -> str:
             return self._node(op, self._node("Mul", even, first), self._node("Mul", odd, second))
 
-        real, imag = turned(ROPE_COS, ROPE_SIN, "Sub"), turned(ROPE_SIN, ROPE_COS, "Add")
-        return self._reshape(self._node("Concat", real, imag, axis=3), 1, tokens, width)
+        return turned(ROPE_COS, ROPE_SIN, "Sub"), turned(ROPE_SIN, ROPE_COS, "Add")
 
-    def _attention(self, step: Step) -> str:
-        """Scores of the past and of the new keys side by side; values of both in two products."""
-        q, k, v, _, *caches = step.args
-        (heads, capacity, size), tokens = self._shape(caches[1]), self.chunk.tokens
-        shape = CacheShape(heads, size, capacity, step.attrs["kv_dtype"])
+    def _check_caches(self, shape: CacheShape, step: Step) -> None:
         if shape.dtype != "float16" or not shape.is_valid:
             raise self._refuse(f"attention over {shape}", step)
-        k_cache, v_cache = caches
-        per = step.attrs["heads"] // heads
-        new = [self._new_rows(x, cache) for x, cache in ((k, k_cache), (v, v_cache))]
-        past = [self._past_keys(k_cache), self._past_values(v_cache)]
-        grouped = self._reshape(self.values[q], tokens, heads, per, size)
-        # Exact for D = 64. For others off by 1e-4, which is less than a second product would round.
-        grouped = self._node("Mul", grouped, self._scalar(1 / math.sqrt(size)))
-        rows = self._node("Transpose", grouped, perm=[1, 2, 0, 3])
-        rows = self._reshape(rows, heads, per * tokens, size)
-        new_keys = self._node("Transpose", new[0], perm=[0, 2, 1])
-        scores = [self._node("MatMul", rows, keys) for keys in (past[0], new_keys)]
-        joined = self._node("Concat", *scores, axis=2)
-        joined = self._reshape(joined, heads, per, tokens, capacity + tokens)
-        mixed = self._softmax(self._node("Min", joined, self.limits))
-        mixed = self._reshape(mixed, heads, per * tokens, capacity + tokens)
-        parts = [
-            self._node("MatMul", self._columns(mixed, *ends), values)
-            for ends, values in (
-                ((0, capacity), past[1]),
-                ((capacity, capacity + tokens), new[1]),
-            )
-        ]
-        out = self._reshape(self._node("Add", *parts), heads, per, tokens, size)
-        out = self._node("Transpose", out, perm=[2, 0, 1, 3])
-        return self._reshape(out, 1, tokens, heads * per * size)
 
-    def _softmax(self, scores: str) -> str:
+    def _cache(self, name: str, shape: tuple[int, ...]) -> str:
+        return self.file.input(name, shape)
+
+    def _new_rows(self, x: str, cache: str) -> str:
+        rows, shape = self._rows_of(self.values[x], cache)
+        self.file.output(new_rows_name(cache), shape)
+        return self._transpose(rows, 1, 0, 2, result=new_rows_name(cache))
+
+    def _query(self, value: str, size: int) -> str:
+        """Exact for D = 64; for others off by 1e-4, less than a second product would round."""
+        return self._node("Mul", value, self._scalar(1 / math.sqrt(size)))
+
+    def _scores(self, step: Step, rows: str, keys: str) -> str:
+        return self._node("MatMul", rows, keys)
+
+    def _softmax(self, step: Step, scores: str) -> str:
         """Softmax in steps: HTP's own is off by up to 0.4 % (57 dB), these steps have 68 dB.
 
         Measured on Qualcomm's library for x86-64; its Exp is NaN somewhere below -50. Its quotients
         are 7e-4 too small on average; a step of Newton's behind them made layers worse, not better.
         """
-        last = self.file.constant(np.array([-1], np.int64))
+        last = self._integers(-1)
+        scores = self._node("Min", scores, self.limits)
         largest = self._node("ReduceMax", scores, last, keepdims=1)
         below = self._node("Sub", scores, largest)
         powers = self._node("Exp", self._node("Max", below, self._scalar(EXP_FLOOR)))
         return self._node("Div", powers, self._node("ReduceSum", powers, last, keepdims=1))
 
-    def _past_keys(self, cache: str) -> str:
-        """The cache of keys, blocks of 16 positions, turned to [Hkv, D, C]."""
-        heads, capacity, size = self._shape(cache)
-        self.file.input(cache, CacheShape(heads, size, capacity).k_shape)
-        rows = self._node("Transpose", cache, perm=[0, 2, 1, 3])
-        return self._reshape(rows, heads, size, capacity)
-
-    def _past_values(self, cache: str) -> str:
-        return self.file.input(cache, self._shape(cache))
-
-    def _new_rows(self, x: str, cache: str) -> str:
-        """New keys or values [Hkv, T, D], which are an output as well."""
-        heads, _, size = self._shape(cache)
-        tokens, name = self.chunk.tokens, new_rows_name(cache)
-        rows = self._reshape(self.values[x], tokens, heads, size)
-        self.file.output(name, (heads, tokens, size))
-        return self.file.add("Transpose", [rows], name, perm=[1, 0, 2])
-
-    def _columns(self, value: str, begin: int, end: int) -> str:
-        """A range of the last axis of a value with three."""
-        places = [self.file.constant(np.array([n], np.int64)) for n in (begin, end, 2)]
-        return self._node("Slice", value, *places)
+    def _mixed(self, step: Step, parts: list[tuple[str, str]]) -> str:
+        return self._node("Add", *(self._node("MatMul", *part) for part in parts))
 
     def _swiglu(self, step: Step) -> str:
         """Products in this order: HTP joins gate * sigmoid(gate) to an operation of 10 dB less.
@@ -332,15 +270,3 @@ class _Emitter:
     def _add(self, step: Step) -> str:
         first, second = (self.values[name] for name in step.args)
         return self._node("Add", first, second)
-
-
-def interface(chunk: Chunk) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of a graph's inputs and outputs, in the order in which steps have them."""
-    caches = chunk.caches()
-    new = (new_rows_name(cache) for cache in caches)
-    return (HIDDEN, ROPE_COS, ROPE_SIN, MASK, *caches), (HIDDEN_OUT, *new)
-
-
-def new_rows_name(cache: str) -> str:
-    """The output that goes with a cache: "layers.0.k_cache" -> "layers.0.k_new"."""
-    return cache.removesuffix("_cache") + "_new"

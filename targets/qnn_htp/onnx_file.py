@@ -71,14 +71,16 @@ class OnnxFile:
         )
         return result
 
-    def input(self, name: str, shape: Sequence[int]) -> str:
-        """Declare a float16 input."""
-        self._inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape))
+    def input(self, name: str, shape: Sequence[int], dtype: str = "float16") -> str:
+        """Declare an input."""
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        self._inputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
-    def output(self, name: str, shape: Sequence[int]) -> str:
-        """Declare a float16 output."""
-        self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape))
+    def output(self, name: str, shape: Sequence[int], dtype: str = "float16") -> str:
+        """Declare an output."""
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        self._outputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
     def constant(self, value: NDArray[Any]) -> str:
@@ -95,13 +97,21 @@ class OnnxFile:
         if value.nbytes <= _SMALL:
             self._tensors.append(numpy_helper.from_array(value, name))
             return name
+        kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+        return self._external(name, value, value.shape, kind)
+
+    def int4_weight(self, name: str, codes: NDArray[np.int8]) -> str:
+        """Write codes -8..7, of even number, as ONNX's int4; return the name."""
+        nibbles = codes.reshape(-1, 2).view(np.uint8) & np.uint8(15)
+        packed = nibbles[:, 0] | (nibbles[:, 1] << np.uint8(4))
+        return self._external(name, packed, codes.shape, TensorProto.INT4)
+
+    def _external(self, name: str, value: NDArray[Any], shape: Sequence[int], kind: int) -> str:
+        """Append bytes to the file of weights and declare the tensor that they are."""
         assert self._data is not None
         self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
         tensor = TensorProto(
-            name=name,
-            dims=value.shape,
-            data_type=helper.np_dtype_to_tensor_dtype(value.dtype),
-            data_location=TensorProto.EXTERNAL,
+            name=name, dims=shape, data_type=kind, data_location=TensorProto.EXTERNAL
         )
         place = {
             "location": self.path.name + ".data",

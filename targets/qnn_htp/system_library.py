@@ -24,8 +24,10 @@ _DTYPES = {
     0x0132: "uint32",
     0x0216: "float16",
     0x0232: "float32",
-    0x0408: "ufixed8",
-    0x0416: "ufixed16",
+    0x0308: "int8",
+    0x0316: "int16",
+    0x0408: "uint8",
+    0x0416: "uint16",
     0x0508: "bool8",
 }
 """Qnn_DataType_t: two digits of kind, two of bits."""

@@ -30,6 +30,7 @@ if importlib.util.find_spec("onnxruntime_qnn") is None:
 
 from llamac.targets.chunk import cut_chunks
 from llamac.targets.qnn_htp.context import SOC_MODELS, ContextBinary, HtpTarget, compile_chunks
+from llamac.targets.qnn_htp.emitter import float16_writer
 from llamac.targets.qnn_htp.metadata import check_sha256
 from llamac.targets.qnn_htp.simulator import run_binary
 from llamac.targets.qnn_htp.toolchain import find_qnn
@@ -150,7 +151,8 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], l
         if soc not in made:
             target = HtpTarget(soc, SOC_MODELS[soc], arch, 8)
             out = tmp_path_factory.mktemp(soc)
-            made[soc] = compile_chunks(chunks, checkpoint.weights, target, out, lambda *_: None)
+            write = float16_writer(checkpoint.weights)
+            made[soc] = compile_chunks(chunks, write, target, out, lambda *_: None)
         return made[soc]
 
     return compiled

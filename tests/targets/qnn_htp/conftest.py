@@ -181,7 +181,8 @@ def compiled(qnn: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         chunk = htp_chunks(checkpoint, tokens, CAPACITY)[0]
         out = tmp_path_factory.mktemp("htp")
         target = htp_of(load_soc(soc))
-        [binary] = compile_chunks([chunk], checkpoint.weights, target, out, lambda *_: None)
+        write = emitter.float16_writer(checkpoint.weights)
+        [binary] = compile_chunks([chunk], write, target, out, lambda *_: None)
         return Compiled(chunk, binary)
 
     return compile_one

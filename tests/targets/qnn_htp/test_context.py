@@ -12,7 +12,6 @@ from llamac.runtime.errors import (
     BuildFailed,
     BundleCorrupt,
     BundleInvalid,
-    CoverageError,
     SocUnknown,
     TargetUnknown,
     ToolchainMissing,
@@ -22,10 +21,12 @@ from llamac.targets.qnn_htp.context import (
     SOC_MODELS,
     check_target,
     compile_chunks,
+    has_float16,
     htp_of,
     layer_weight_bytes,
     layers_per_chunk,
 )
+from llamac.targets.qnn_htp.emitter import float16_writer
 from llamac.targets.qnn_htp.metadata import read_metadata
 from llamac.targets.soc import load_soc
 
@@ -69,7 +70,8 @@ def test_two_processes_make_the_same_bytes(compiled: Any, tiny: Any, tmp_path: P
     """Each compilation runs in a process of its own."""
     chunk, binary = compiled()
     target = htp_of(load_soc("sm8650"))
-    [again] = compile_chunks([chunk], tiny("spinquant").weights, target, tmp_path, lambda *_: None)
+    write = float16_writer(tiny("spinquant").weights)
+    [again] = compile_chunks([chunk], write, target, tmp_path, lambda *_: None)
     assert again.metadata.sha256 == binary.metadata.sha256
     assert again.path.read_bytes() == binary.path.read_bytes()
 
@@ -89,22 +91,16 @@ def test_an_unknown_number_is_taken_for_another_soc_by_qnn(
     checkpoint = tiny("spinquant")
     target = replace(htp_of(load_soc("sm8650")), soc_model=9999)
     with pytest.raises(BuildFailed):
-        compile_chunks(
-            chunks_of(checkpoint, 1, 64)[:1], checkpoint.weights, target, tmp_path, lambda *_: None
-        )
+        write = float16_writer(checkpoint.weights)
+        compile_chunks(chunks_of(checkpoint, 1, 64)[:1], write, target, tmp_path, lambda *_: None)
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".onnx"]
 
 
 def test_all_our_socs_have_a_number_or_are_refused() -> None:
-    """SoC files and the table of numbers agree; v68 has no scheme yet."""
+    """SoC files and the table of numbers agree."""
     for name, number in SOC_MODELS.items():
-        if name == "sm8350":
-            with pytest.raises(CoverageError, match="is v68, the default scheme needs v69"):
-                htp_of(load_soc(name))
-        else:
-            assert htp_of(load_soc(name)).soc_model == number
-    with pytest.raises(CoverageError):
-        htp_of(load_soc("qcs6490"))
+        assert htp_of(load_soc(name)).soc_model == number
+        assert has_float16(load_soc(name)) == (name != "sm8350")
 
 
 def test_socs_without_htp_are_refused() -> None:
@@ -136,7 +132,7 @@ def test_a_missing_extra_is_named(
     """Before anything is written."""
     monkeypatch.setattr(toolchain, constant, value)
     with pytest.raises(ToolchainMissing, match=message) as caught:
-        compile_chunks([], tiny("spinquant").weights, htp_of(load_soc("sm8650")), tmp_path, print)
+        compile_chunks([], lambda *_: None, htp_of(load_soc("sm8650")), tmp_path, print)
     assert "llamac[qnn]" in caught.value.fix
 
 

@@ -14,6 +14,7 @@ import pytest
 from llamac.compiler.config import LLAMA_3_2_1B
 from llamac.compiler.frontends.meta import from_meta
 from llamac.targets.qnn_htp.context import compile_chunks, htp_of
+from llamac.targets.qnn_htp.emitter import float16_writer
 from llamac.targets.qnn_htp.simulator import run_binary
 from llamac.targets.soc import load_soc
 from llamac.tools import htp_chunks
@@ -57,9 +58,8 @@ def test_every_layer_on_every_soc(
     checkpoint, capacity = tiny(form), 64
     ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, 60).tolist()
     chunks = chunks_of(checkpoint, tokens, capacity)
-    binaries = compile_chunks(
-        chunks, checkpoint.weights, htp_of(load_soc(soc)), tmp_path, lambda *_: None
-    )
+    write, target = float16_writer(checkpoint.weights), htp_of(load_soc(soc))
+    binaries = compile_chunks(chunks, write, target, tmp_path, lambda *_: None)
     for chunk, binary in zip(chunks, binaries, strict=True):
         found, expected = [], []
         for start in starts:
@@ -89,7 +89,8 @@ def test_a_layer_of_the_1b_model(
     checkpoint = from_meta(synthetic(1))
     [chunk] = chunks_of(checkpoint, tokens, CAPACITY_1B)
     target = htp_of(load_soc("sm8650"))
-    [binary] = compile_chunks([chunk], checkpoint.weights, target, tmp_path, lambda *_: None)
+    write = float16_writer(checkpoint.weights)
+    [binary] = compile_chunks([chunk], write, target, tmp_path, lambda *_: None)
     rng, config = np.random.default_rng(0), LLAMA_3_2_1B
     shape = (300, config.num_kv_heads, config.head_dim)
     past = {0: (rng.standard_normal(shape), rng.standard_normal(shape))}

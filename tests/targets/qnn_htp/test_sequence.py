@@ -51,7 +51,7 @@ def test_prefill_and_decode_continue_each_other(
     binaries = {
         tokens: compile_chunks(
             chunks_of(checkpoint, tokens, CAPACITY, 2),
-            *(checkpoint.weights, target, tmp_path, lambda *_: None),
+            *(emitter.float16_writer(checkpoint.weights), target, tmp_path, lambda *_: None),
         )
         for tokens in (8, 1)
     }
