@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from llamac.runtime.errors import BundleInvalid, BundleMissing
-from llamac.runtime.graph_entry import GraphEntry, GraphTensorEntry
+from llamac.runtime.graph_entry import GraphEntry, GraphTensorEntry, check_graphs, shorten_graph
 from llamac.runtime.schema import (
     AtLeast,
     Count,
@@ -270,6 +270,8 @@ class Manifest:
         for function in result["functions"]:
             if function["processor"] == "cpu":
                 del function["processor"]
+        for graph in result["graphs"]:
+            shorten_graph(graph)
         for name in ("graphs", "scheme"):
             if not result[name]:
                 del result[name]
@@ -318,6 +320,7 @@ def parse_manifest(data: bytes) -> Manifest:
         manifest = decode(Manifest, document)
         _check_files(manifest)
         _check_ids(manifest)
+        check_graphs(manifest.graphs, manifest.files)
     except SchemaError as error:
         raise _invalid(f"manifest.json: {error}") from error
     return manifest
@@ -384,9 +387,6 @@ def _check_ids(manifest: Manifest) -> None:
             raise SchemaError(
                 f"tokenizer.{name}", f"is {token}, beyond the {vocab_size} tokens of the model"
             )
-    for graph in manifest.graphs:
-        if graph.file not in manifest.files:
-            raise SchemaError(f"graphs[{graph.name!r}].file", "is not a file of the bundle")
     if not any(function.num_tokens == 1 for function in manifest.functions):
         raise SchemaError("functions", "has none that evaluates one token")
 

@@ -1,8 +1,9 @@
 """A part of the model that another processor's compiler has compiled: layers as one step.
 
 It is no kernel that TVM compiles. In the IR it is a call of the packed function "llamac.graph"; in
-a bundle's library it is a call of that processor's runtime (`runtime/c/qnn`). The tensors at its
-edges are those of `targets/qnn_htp/emitter.py`.
+a bundle's library it is a call of that processor's runtime (`runtime/c/qnn`, `runtime/c/neuron`).
+The tensors at its edges are those of `targets/qnn_htp/emitter.py`; `targets/neuropilot/emitter.py`
+has the same.
 """
 
 from __future__ import annotations
@@ -52,19 +53,44 @@ class GraphTensor:
 
 
 @dataclass(frozen=True)
+class QnnGraph:
+    """What Qualcomm's runtime compares a context binary with.
+
+    Attributes:
+        soc_model: Qualcomm's number of the SoC.
+        build_id: of the QNN libraries that made it.
+    """
+
+    soc_model: int
+    build_id: str
+
+
+@dataclass(frozen=True)
+class NeuronGraph:
+    """What our runner for MediaTek's adapter compares a network file with.
+
+    Attributes:
+        soc: "mt6991", for the names of compiled networks.
+        network_sha256: of what follows the header of the file, as the header has it.
+    """
+
+    soc: str
+    network_sha256: str
+
+
+@dataclass(frozen=True)
 class GraphShape:
-    """A compiled graph: what is in its binary, and for which processor.
+    """A graph: what is in its file, and for which processor.
 
     Attributes:
         name: of the step.
-        graph: name of the graph in the binary.
-        file: the binary's path in the bundle.
+        graph: its name in the file.
+        file: path in the bundle.
         sha256: of the file.
         file_bytes: its size.
-        soc_model: Qualcomm's number of the SoC.
-        build_id: of the vendor's libraries that made it.
         inputs, outputs: its tensors, in the order of the step's operands.
         layers: layers of the checkpoint whose weights are in it, "layers.0.attention.wq".
+        vendor: whose graph it is, and what that vendor's runtime needs of it.
     """
 
     name: str
@@ -72,11 +98,10 @@ class GraphShape:
     file: str
     sha256: str
     file_bytes: int
-    soc_model: int
-    build_id: str
     inputs: tuple[GraphTensor, ...]
     outputs: tuple[GraphTensor, ...]
     layers: tuple[str, ...]
+    vendor: QnnGraph | NeuronGraph
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> GraphShape:
@@ -85,7 +110,10 @@ class GraphShape:
             side: tuple(GraphTensor.from_fields(tensor) for tensor in fields[side])
             for side in ("inputs", "outputs")
         }
-        return cls(**{**fields, **sides, "layers": tuple(fields["layers"])})
+        vendor = fields["vendor"]
+        kind = QnnGraph if "soc_model" in vendor else NeuronGraph
+        parts = {"layers": tuple(fields["layers"]), "vendor": kind(**vendor)}
+        return cls(**{**fields, **sides, **parts})
 
 
 def valid(shape: GraphShape, isa: Isa, knobs: Mapping[str, int]) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llamac.tools.console import Row, Subparsers, format_bytes, print_json, print_rows
 
 if TYPE_CHECKING:
-    from llamac.runtime.manifest import FunctionEntry, GraphEntry, Manifest
+    from llamac.runtime.manifest import FunctionEntry, GraphEntry, GraphTensorEntry, Manifest
 
 EPILOG = """\
 examples:
@@ -105,22 +105,46 @@ def _function_row(function: FunctionEntry) -> Row:
 
 
 def _graph_rows(graph: GraphEntry) -> list[Row]:
-    """What a binary says of itself; its tensors with shapes."""
+    """What is known of a graph's file; its tensors with shapes and scales."""
     sides = (("input", graph.inputs), ("output", graph.outputs))
     return [
         ("file", graph.file),
+        ("form", graph.form),
+        ("scheme", graph.scheme),
         ("layers", f"{graph.layers[0]} to {graph.layers[-1]} of {graph.function}"),
-        ("for", f"SoC number {graph.soc_model}, v{graph.arch}"),
-        ("VTCM", format_bytes(graph.vtcm_bytes)),
-        ("optimization", str(graph.optimization)),
-        ("made by", f"QNN {graph.build_id}"),
-        ("interfaces", f"core {graph.core_api}, HTP {graph.backend_api}, {graph.blob_version}"),
-        *(
-            (side, tensor.name, f"{tensor.dtype} {list(tensor.shape)}")
-            for side, tensors in sides
-            for tensor in tensors
-        ),
+        *_vendor_rows(graph),
+        *((side, tensor.name, _tensor_text(tensor)) for side, ts in sides for tensor in ts),
     ]
+
+
+def _vendor_rows(graph: GraphEntry) -> list[Row]:
+    """What only one vendor's graphs have."""
+    if graph.qnn is not None:
+        qnn = graph.qnn
+        interfaces = f"core {qnn.core_api}, HTP {qnn.backend_api}, {qnn.blob_version}"
+        return [
+            ("for", f"SoC number {qnn.soc_model}, v{qnn.arch}"),
+            ("VTCM", format_bytes(qnn.vtcm_bytes)),
+            ("optimization", str(qnn.optimization)),
+            ("made by", f"QNN {qnn.build_id}"),
+            ("interfaces", interfaces),
+        ]
+    if graph.neuron is not None:
+        neuron = graph.neuron
+        return [
+            ("for", f"{neuron.soc}, NeuroPilot {neuron.neuropilot} or newer"),
+            ("compiled", "by the adapter of the phone, when the bundle is opened there"),
+            ("network", f"sha256 {neuron.network_sha256[:16]}…"),
+            ("the same as .tflite", neuron.tflite),
+        ]
+    return []
+
+
+def _tensor_text(tensor: GraphTensorEntry) -> str:
+    text = f"{tensor.dtype} {list(tensor.shape)}"
+    if tensor.scale is None:
+        return text
+    return f"{text}, scale {tensor.scale:.4g}, zero point {tensor.zero_point}"
 
 
 def _tokenizer_rows(tokenizer: Mapping[str, Any]) -> list[Row]:

@@ -1,31 +1,82 @@
-"""The part of entry.c that calls graphs (see `runtime/c/qnn/qnn.h`); nothing without graphs."""
+"""The part of entry.c that calls graphs (`runtime/c/qnn`, `runtime/c/neuron`); nothing without."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from llamac.schedules.graph import GraphShape
+from llamac.schedules.graph import GraphShape, NeuronGraph, QnnGraph
 from llamac.targets.cpu.entry_text import c_table, c_text
 
 _FUNCTIONS = """\
-static llamac_status open_graphs(const char *folder, void **out, llamac_error *error) {
-  llamac_graphs *opened = NULL;
-  llamac_status status = llamac_graphs_open(graphs, %d, folder, &opened, error);
+static llamac_status open_graphs(const char *folder, void **out, llamac_error *error) {{
+  {opened} *opened = NULL;
+  llamac_status status = {open}(graphs, {count}, folder, &opened, error);
   *out = opened;
   return status;
-}
+}}
 
-static void close_graphs(void *opened) { llamac_graphs_close(opened); }
+static void close_graphs(void *opened) {{ {close}(opened); }}
 
-static const llamac_accelerator accelerator = {open_graphs, close_graphs};
+static const llamac_accelerator accelerator = {{open_graphs, close_graphs}};
 """
 
 _CALL = """\
-static int32_t %s(void *self, const TVMFFIAny *args, int32_t num_args, TVMFFIAny *result) {
+static int32_t {symbol}(void *self, const TVMFFIAny *args, int32_t num_args, TVMFFIAny *result) {{
   (void)result;
-  return llamac_graph_call(self, %d, args, num_args);
-}
+  return {call}(self, {index}, args, num_args);
+}}
 """
+
+
+@dataclass(frozen=True)
+class Runner:
+    """The C code that executes graphs, and its names.
+
+    Attributes:
+        folder: of its sources in `runtime/c`, and name of the header in it.
+        graph, tensor, opened: types of the tables' rows, and of what is opened.
+        open, close, call: its functions.
+    """
+
+    folder: str
+    graph: str
+    tensor: str
+    opened: str
+    open: str
+    close: str
+    call: str
+
+
+QNN = Runner(
+    folder="qnn",
+    graph="llamac_graph",
+    tensor="llamac_graph_tensor",
+    opened="llamac_graphs",
+    open="llamac_graphs_open",
+    close="llamac_graphs_close",
+    call="llamac_graph_call",
+)
+NEURON = Runner(
+    folder="neuron",
+    graph="llamac_neuron_graph",
+    tensor="llamac_neuron_tensor",
+    opened="llamac_neuron_graphs",
+    open="llamac_neuron_open_beside",
+    close="llamac_neuron_close",
+    call="llamac_neuron_call",
+)
+
+
+def runner_of(graphs: Sequence[GraphShape]) -> Runner | None:
+    """What executes the graphs on their device; None without graphs.
+
+    An accelerator makes all graphs of a program, so that they are of one vendor.
+    """
+    if not graphs:
+        return None
+    [kind] = {type(graph.vendor) for graph in graphs}
+    return QNN if kind is QnnGraph else NEURON
 
 
 def graph_index(graphs: Sequence[GraphShape]) -> Mapping[str, str]:
@@ -35,21 +86,33 @@ def graph_index(graphs: Sequence[GraphShape]) -> Mapping[str, str]:
 
 def graph_source(graphs: Sequence[GraphShape]) -> list[str]:
     """Return C source: the table of all graphs, a function for each, and what opens them."""
-    if not graphs:
+    runner = runner_of(graphs)
+    if runner is None:
         return []
-    parts = ['#include "qnn/qnn.h"\n']
+    parts = [f'#include "{runner.folder}/{runner.folder}.h"\n']
     for i, graph in enumerate(graphs):
         tensors = (*graph.inputs, *graph.outputs)
         rows = (f"{{{c_text(tensor.name)}, {tensor.nbytes}}}" for tensor in tensors)
-        parts.append(c_table("const llamac_graph_tensor", f"graph_{i}_tensors", rows))
-    parts.append(c_table("const llamac_graph", "graphs", map(_graph, graphs, range(len(graphs)))))
-    parts.append(_FUNCTIONS % len(graphs))
-    parts += [_CALL % (symbol, i) for i, symbol in enumerate(graph_index(graphs).values())]
+        parts.append(c_table(f"const {runner.tensor}", f"graph_{i}_tensors", rows))
+    parts.append(
+        c_table(f"const {runner.graph}", "graphs", map(_graph, graphs, range(len(graphs))))
+    )
+    names = vars(runner) | {"count": len(graphs)}
+    parts.append(_FUNCTIONS.format(**names))
+    for i, symbol in enumerate(graph_index(graphs).values()):
+        parts.append(_CALL.format(symbol=symbol, index=i, call=runner.call))
     return parts
 
 
 def _graph(graph: GraphShape, i: int) -> str:
-    texts = ", ".join(map(c_text, (graph.graph, graph.file)))
-    counts = f"{len(graph.inputs)}, {len(graph.outputs)}"
-    file_bytes = f"UINT64_C({graph.file_bytes}), {graph.soc_model}, {c_text(graph.build_id)}"
-    return f"{{{texts}, {file_bytes}, graph_{i}_tensors, {counts}}}"
+    """A row of the table of graphs."""
+    counts = f"graph_{i}_tensors, {len(graph.inputs)}, {len(graph.outputs)}"
+    file = f"{c_text(graph.graph)}, {c_text(graph.file)}, UINT64_C({graph.file_bytes})"
+    return f"{{{file}, {_made_for(graph.vendor)}, {counts}}}"
+
+
+def _made_for(vendor: QnnGraph | NeuronGraph) -> str:
+    """What the runner compares the file with."""
+    if isinstance(vendor, QnnGraph):
+        return f"{vendor.soc_model}, {c_text(vendor.build_id)}"
+    return f"{c_text(vendor.network_sha256)}, {c_text(vendor.soc)}"

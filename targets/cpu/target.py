@@ -201,5 +201,8 @@ def compile_levels(
 
 def support_sources(entry: Path, program: Program) -> list[Path]:
     """C files of a library: the tables, the support library, and what calls graphs if needed."""
-    graphs = (RUNTIME_SOURCES / "qnn").glob("*.c") if program.graphs() else ()
+    from llamac.targets.cpu.entry_graphs import runner_of  # noqa: PLC0415 (imports TVM)
+
+    runner = runner_of(program.graphs())
+    graphs = (RUNTIME_SOURCES / runner.folder).glob("*.c") if runner else ()
     return [entry, *sorted(RUNTIME_SOURCES.glob("*.c")), *sorted(graphs)]

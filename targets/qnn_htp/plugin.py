@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llamac.runtime.errors import ToolchainMissing
-from llamac.runtime.manifest import GraphEntry
+from llamac.runtime.graph_entry import QNN_CONTEXT, GraphEntry, QnnEntry
 from llamac.targets.base import (
     GRAPH_ROLE,
     Artifact,
@@ -69,13 +69,13 @@ class QnnHtp(Target):
     ) -> Offloaded:
         """Compile the layers of the functions to context binaries, `htp/<graph>.bin`."""
         from llamac.targets.chunk import cut_chunks  # noqa: PLC0415
+        from llamac.targets.outline import outline  # noqa: PLC0415
         from llamac.targets.qnn_htp.context import (  # noqa: PLC0415
             compile_chunks,
             htp_of,
             layer_weight_bytes,
             layers_per_chunk,
         )
-        from llamac.targets.qnn_htp.outline import outline  # noqa: PLC0415
 
         target, weights = htp_of(self.soc), layers.weights
         num_layers = len(cut_chunks(mod, functions[0], 1))
@@ -84,12 +84,13 @@ class QnnHtp(Target):
         folder = out / FOLDER
         folder.mkdir()
         binaries = compile_chunks(chunks, weights, target, folder, progress)
-        shapes = [graph_shape(*pair) for pair in zip(chunks, binaries, strict=True)]
+        pairs = list(zip(chunks, binaries, strict=True))
+        shapes = [graph_shape(*pair) for pair in pairs]
         files = (Artifact(Path(shape.file), GRAPH_ROLE, note=NOTE) for shape in shapes)
         return Offloaded(
             outline(mod, list(zip(chunks, shapes, strict=True))),
             tuple(files),
-            tuple(map(graph_entry, chunks, binaries)),
+            tuple(graph_entry(*pair, layers.scheme.name) for pair in pairs),
         )
 
     def lower(self, mod: IRModule, options: LowerOptions) -> Lowered:
@@ -111,7 +112,7 @@ class QnnHtp(Target):
 
 def graph_shape(chunk: Chunk, binary: ContextBinary) -> GraphShape:
     """Describe a compiled chunk as a step of a program."""
-    from llamac.schedules.graph import GraphShape, GraphTensor  # noqa: PLC0415
+    from llamac.schedules.graph import GraphShape, GraphTensor, QnnGraph  # noqa: PLC0415
     from llamac.targets.qnn_htp.emitter import interface  # noqa: PLC0415
 
     metadata = binary.metadata
@@ -125,15 +126,14 @@ def graph_shape(chunk: Chunk, binary: ContextBinary) -> GraphShape:
         file=f"{FOLDER}/{binary.path.name}",
         sha256=metadata.sha256,
         file_bytes=metadata.file_bytes,
-        soc_model=metadata.soc_model,
-        build_id=metadata.build_id,
         inputs=inputs,
         outputs=outputs,
         layers=chunk.linear_layers(),
+        vendor=QnnGraph(metadata.soc_model, metadata.build_id),
     )
 
 
-def graph_entry(chunk: Chunk, binary: ContextBinary) -> GraphEntry:
+def graph_entry(chunk: Chunk, binary: ContextBinary, scheme: str) -> GraphEntry:
     """Describe a compiled chunk for the manifest."""
     metadata = binary.metadata
     return GraphEntry(
@@ -142,14 +142,18 @@ def graph_entry(chunk: Chunk, binary: ContextBinary) -> GraphEntry:
         function=chunk.function,
         layers=chunk.layers,
         file=f"{FOLDER}/{binary.path.name}",
-        soc_model=metadata.soc_model,
-        arch=metadata.arch,
-        vtcm_bytes=metadata.graph.vtcm_bytes,
-        optimization=metadata.graph.optimization,
-        build_id=metadata.build_id,
-        core_api=metadata.core_api,
-        backend_api=metadata.backend_api,
-        blob_version=metadata.blob_version,
+        form=QNN_CONTEXT,
+        scheme=scheme,
         inputs=metadata.graph.inputs,
         outputs=metadata.graph.outputs,
+        qnn=QnnEntry(
+            soc_model=metadata.soc_model,
+            arch=metadata.arch,
+            vtcm_bytes=metadata.graph.vtcm_bytes,
+            optimization=metadata.graph.optimization,
+            build_id=metadata.build_id,
+            core_api=metadata.core_api,
+            backend_api=metadata.backend_api,
+            blob_version=metadata.blob_version,
+        ),
     )

@@ -163,8 +163,11 @@ def test_binaries_are_reproducible_and_described(
     assert first.build_id == read_manifest(again).build_id
     for graph in first.graphs:
         assert file_sha256(again / graph.file) == first.files[graph.file].sha256
-        assert (graph.soc_model, graph.arch, graph.vtcm_bytes) == (57, 75, 8 << 20)
-        assert graph.build_id.startswith("v2.51.0")
+        assert (graph.form, graph.scheme) == ("qnn-context", "float16")
+        qnn = graph.qnn
+        assert qnn is not None
+        assert (qnn.soc_model, qnn.arch, qnn.vtcm_bytes) == (57, 75, 8 << 20)
+        assert qnn.build_id.startswith("v2.51.0")
         assert graph.inputs[0].name and graph.outputs
 
 

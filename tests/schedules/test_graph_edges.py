@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
 from llamac.schedules import append, convert, graph, positions
 from llamac.schedules.append import AppendShape
 from llamac.schedules.convert import ConvertShape
-from llamac.schedules.graph import GraphShape, GraphTensor
+from llamac.schedules.graph import GraphShape, GraphTensor, NeuronGraph, QnnGraph
 from llamac.schedules.kernel import num_outputs, work_items
 from llamac.schedules.positions import MASKED, PositionsShape
 from llamac.schedules.quantized import Quantization
@@ -120,11 +123,14 @@ def test_append(isa, run_kernel, tokens, first):
         assert np.all(kept == 7)
 
 
-def example() -> GraphShape:
+QNN, NEURON = QnnGraph(57, "v2.51.0.1"), NeuronGraph("mt6991", "a" * 64)
+
+
+def example(vendor: QnnGraph | NeuronGraph = QNN) -> GraphShape:
     """A graph of one tensor in and one out."""
     tensors = (GraphTensor("hidden", (1, 2, 8)),), (GraphTensor("layers.0.k_new", (1, 2, 4)),)
-    where = ("step", "QNN_1", "htp/step.bin", "0" * 64, 4096, 57, "v2.51.0.1")
-    return GraphShape(*where, *tensors, ("layers.0.attention.wq",))
+    where = ("step", "QNN_1", "htp/step.bin", "0" * 64, 4096)
+    return GraphShape(*where, *tensors, ("layers.0.attention.wq",), vendor)
 
 
 def test_a_graph_is_a_call_in_the_ir(isa):
@@ -142,3 +148,18 @@ def test_a_graph_is_a_table_and_a_function_in_c():
     assert "UINT64_C(4096), 57" in text and "graph_0_tensors, 1, 1}" in text
     assert "llamac_graph_call(self, 0, args, num_args)" in text
     assert graph_index([example()]) == {"step": "graph_0"}
+
+
+def test_a_graph_for_mediatek_has_its_own_table_and_functions():
+    """The runner compares hash and SoC; nothing of Qualcomm's is there."""
+    text = "\n".join(graph_source([example(NEURON)]))
+    assert f'UINT64_C(4096), "{"a" * 64}", "mt6991", graph_0_tensors, 1, 1}}' in text
+    assert "llamac_neuron_open_beside(graphs, 1, folder, &opened, error)" in text
+    assert "llamac_neuron_call(self, 0, args, num_args)" in text
+    assert "qnn/qnn.h" not in text and "llamac_graphs_open" not in text
+
+
+@pytest.mark.parametrize("vendor", [QNN, NEURON])
+def test_json_keeps_the_vendor(vendor):
+    shape = example(vendor)
+    assert GraphShape.from_fields(json.loads(json.dumps(asdict(shape)))) == shape

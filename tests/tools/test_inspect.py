@@ -41,6 +41,96 @@ def test_inspect_tells_libraries_apart(bundle: Path, capsys: pytest.CaptureFixtu
     assert "where qemu-aarch64 7.2.22, CPU model max" in text
 
 
+QNN = {
+    "soc_model": 57,
+    "arch": 75,
+    "vtcm_bytes": 8 << 20,
+    "optimization": 3,
+    "build_id": "v2.51.0.1",
+    "core_api": "2.40.0",
+    "backend_api": "5.51.0",
+    "blob_version": "3.2.3",
+}
+NEURON = {
+    "soc": "mt6991",
+    "neuropilot": 8,
+    "network_sha256": "0123456789abcdef" * 4,
+    "tflite": "tokenizer.model",
+}
+HIDDEN = {"name": "hidden", "shape": [1, 8, 64], "dtype": "int16", "scale": 0.0125, "zero_point": 0}
+
+
+def with_graph(bundle: Path, form: str, **vendor: object) -> None:
+    """Write a graph into the manifest."""
+    document = json.loads((bundle / "manifest.json").read_text("utf-8"))
+    tensors = {"inputs": [HIDDEN], "outputs": [{**HIDDEN, "name": "hidden_out"}]}
+    where = {"name": "g", "graph": "g", "function": "decode", "layers": [0, 1]}
+    graph = {**where, "file": "lib/libmodel.so", "form": form, "scheme": "a16w8", **tensors}
+    document["graphs"] = [{**graph, **vendor}]
+    (bundle / "manifest.json").write_text(json.dumps(document), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("form", "vendor", "words"),
+    [
+        ("qnn-context", {"qnn": QNN}, ["SoC number 57, v75", "VTCM 8.0 MiB", "QNN v2.51.0.1"]),
+        (
+            "neuron-network",
+            {"neuron": NEURON},
+            [
+                "mt6991, NeuroPilot 8 or newer",
+                "by the adapter of the phone",
+                "sha256 0123456789abcdef…",
+                "as .tflite tokenizer.model",
+            ],
+        ),
+    ],
+)
+def test_inspect_shows_graphs_of_both_vendors(
+    form: str,
+    vendor: dict[str, object],
+    words: list[str],
+    bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What the file is for, and how its edges are quantized."""
+    with_graph(bundle, form, **vendor)
+    assert main(["inspect", str(bundle)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (*words, f"form {form}", "scheme a16w8", "layers 0 to 1 of decode"):
+        assert part in text
+    assert "hidden int16 [1, 8, 64], scale 0.0125, zero point 0" in text
+    assert main(["inspect", str(bundle), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((bundle / "manifest.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("form", "vendor"),
+    [
+        ("qnn-context", {"neuron": NEURON}),
+        ("neuron-network", {"neuron": NEURON, "qnn": QNN}),
+        ("neuron-network", {}),
+        ("other", {"qnn": QNN}),
+        ("other", {}),
+    ],
+)
+def test_a_graph_has_the_entry_of_its_form(
+    form: str, vendor: dict[str, object], bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_graph(bundle, form, **vendor)
+    assert main(["inspect", str(bundle)]) == 1
+    assert f"form is '{form}'" in capsys.readouterr().err
+
+
+def test_the_tflite_of_a_network_is_in_the_bundle(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_graph(bundle, "neuron-network", neuron=NEURON | {"tflite": "apu/none.tflite"})
+    assert main(["inspect", str(bundle)]) == 1
+    assert "'apu/none.tflite', no file of the bundle" in capsys.readouterr().err
+
+
 def test_inspect_json_is_the_manifest(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--json prints what the file says, field for field."""
     assert main(["inspect", str(bundle), "--json"]) == 0

@@ -6,7 +6,7 @@
  * Adapter compiles each when it is opened for the first time; what it made is kept in a cache folder
  * and restored from then on. The adapter is the phone's, never the bundle's. Read neuron.c (opening
  * and closing), neuron_library.c (the adapter), neuron_network.c (network files), neuron_build.c
- * (compiling), neuron_cache.c and neuron_execute.c (calls) in this order.
+ * (compiling), neuron_cache.c, neuron_folder.c and neuron_execute.c (calls) in this order.
  *
  * Messages of errors begin with "neuron" and a name that stays:
  *
@@ -66,6 +66,13 @@ typedef struct llamac_neuron_graphs llamac_neuron_graphs;
 llamac_status llamac_neuron_open(const llamac_neuron_graph *graphs, uint32_t count,
                                  const char *folder, const char *cache,
                                  llamac_neuron_graphs **out, llamac_error *error);
+
+/* Opens all graphs with the cache folder of a bundle: what LLAMAC_CACHE names, else "cache" beside
+ * the weights. It is made if it is missing; the folder around it is not. With LLAMAC_NEURON_LOG=1
+ * the origin of each graph goes to stderr. */
+llamac_status llamac_neuron_open_beside(const llamac_neuron_graph *graphs, uint32_t count,
+                                        const char *folder, llamac_neuron_graphs **out,
+                                        llamac_error *error);
 
 /* Closes what was opened; NULL is allowed. No call may be running. */
 void llamac_neuron_close(llamac_neuron_graphs *graphs);

@@ -8,16 +8,16 @@ import pytest
 
 from llamac.compiler.frontends.meta import from_meta
 from llamac.compiler.llama import ModelOptions, build_llama
-from llamac.schedules.graph import GraphShape, GraphTensor
+from llamac.schedules.graph import GraphShape, GraphTensor, QnnGraph
 from llamac.schedules.intrin.arm import ArmDotprod
 from llamac.targets.chunk import Chunk, cut_chunks
 from llamac.targets.cpu.plan import plan_program
 from llamac.targets.cpu.selection import select_kernels
+from llamac.targets.outline import outline
 from llamac.targets.program import Program
 from llamac.targets.qnn_htp.emitter import interface
-from llamac.targets.qnn_htp.outline import outline
 
-TINY = Path(__file__).resolve().parents[3] / "examples" / "tiny-llama"
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
 CAPACITY = 64
 EDGES = ["embedding", "convert", "positions"]
 HEAD = ["convert", "select", "norm", "qmatmul_int8", "sampling"]
@@ -40,8 +40,9 @@ def shape_of(chunk: Chunk) -> GraphShape:
         tuple(GraphTensor(name, kinds[name.rpartition(".")[2]]) for name in names)
         for names in interface(chunk)
     )
-    where = (chunk.name, "graph", f"htp/{chunk.name}.bin", "0" * 64, 4096, 57, "v2.51.0.1")
-    return GraphShape(*where, *sides, chunk.linear_layers())
+    where = (chunk.name, "graph", f"htp/{chunk.name}.bin", "0" * 64, 4096)
+    vendor = QnnGraph(57, "v2.51.0.1")
+    return GraphShape(*where, *sides, chunk.linear_layers(), vendor)
 
 
 def program_of(form: str, functions: tuple[str, ...], layers: int) -> Program:
