@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from llamac.runtime.errors import ToolchainMissing
-from llamac.runtime.graph_entry import QNN_CONTEXT, GraphEntry, QnnEntry
+from llamac.runtime.graph_entry import QNN_CONTEXT, GraphEntry, GraphTensorEntry, QnnEntry
 from llamac.targets.base import (
     GRAPH_ROLE,
     Artifact,
@@ -28,12 +29,23 @@ if TYPE_CHECKING:
     from tvm.ir import IRModule
 
     from llamac.schedules.graph import GraphShape
+    from llamac.schedules.quantized import Quantization
     from llamac.targets.chunk import Chunk
     from llamac.targets.program import Pack
     from llamac.targets.qnn_htp.context import ContextBinary
 
+    Codes: TypeAlias = Mapping[str, Quantization]
+
 FOLDER = "htp"
 FLOAT16 = Scheme("float16", "float16 activations, int4 weights as in the checkpoint, float16 KV")
+A16W4 = Scheme(
+    "a16w4",
+    "16-bit integer activations whose ranges a text shows, int4 weights whose groups have scales "
+    "of 4 bits (LPBQ), int8 KV",
+    weights="lpbq",
+    kv_dtype="int8",
+    is_calibrated=True,
+)
 NOTE = "executed by Qualcomm's library for x86-64 at most; not by a phone"
 
 
@@ -56,8 +68,10 @@ class QnnHtp(Target):
         return ()
 
     def schemes(self) -> Sequence[Scheme]:
-        """Float16 as the default, from v69 on."""
-        return (FLOAT16,)
+        """Float16 as the default from v69 on, integers for all."""
+        from llamac.targets.qnn_htp.context import has_float16  # noqa: PLC0415
+
+        return (FLOAT16, A16W4) if has_float16(self.soc) else (A16W4,)
 
     def offload(
         self,
@@ -83,14 +97,15 @@ class QnnHtp(Target):
         chunks = [chunk for name in functions for chunk in cut_chunks(mod, name, count)]
         folder = out / FOLDER
         folder.mkdir()
-        binaries = compile_chunks(chunks, weights, target, folder, progress)
-        pairs = list(zip(chunks, binaries, strict=True))
-        shapes = [graph_shape(*pair) for pair in pairs]
+        codes: dict[str, Codes] = {}
+        binaries = compile_chunks(chunks, _writer(layers, codes), target, folder, progress)
+        made = [(c, b, codes.get(c.name, {})) for c, b in zip(chunks, binaries, strict=True)]
+        shapes = [graph_shape(*each) for each in made]
         files = (Artifact(Path(shape.file), GRAPH_ROLE, note=NOTE) for shape in shapes)
         return Offloaded(
             outline(mod, list(zip(chunks, shapes, strict=True))),
             tuple(files),
-            tuple(graph_entry(*pair, layers.scheme.name) for pair in pairs),
+            tuple(graph_entry(*each, layers.scheme.name) for each in made),
         )
 
     def lower(self, mod: IRModule, options: LowerOptions) -> Lowered:
@@ -110,15 +125,28 @@ class QnnHtp(Target):
         raise NotImplementedError(self.name)
 
 
-def graph_shape(chunk: Chunk, binary: ContextBinary) -> GraphShape:
-    """Describe a compiled chunk as a step of a program."""
+def _writer(layers: Layers, codes: dict[str, Codes]) -> Callable[[Chunk, Path], None]:
+    """Return what writes a chunk as ONNX, and remembers how its edges are quantized."""
+    from llamac.targets.qnn_htp.emitter import float16_writer  # noqa: PLC0415
+    from llamac.targets.qnn_htp.quantized_emitter import write_quantized_chunk  # noqa: PLC0415
+
+    def write(chunk: Chunk, path: Path) -> None:
+        made = write_quantized_chunk(chunk, layers.weights, layers.ranges, path)
+        codes[chunk.name] = made.tensors
+
+    return write if layers.scheme == A16W4 else float16_writer(layers.weights)
+
+
+def graph_shape(chunk: Chunk, binary: ContextBinary, codes: Codes) -> GraphShape:
+    """Describe a compiled chunk, whose edges may be codes, as a step of a program."""
     from llamac.schedules.graph import GraphShape, GraphTensor, QnnGraph  # noqa: PLC0415
     from llamac.targets.qnn_htp.emitter import interface  # noqa: PLC0415
 
     metadata = binary.metadata
     known = {t.name: t for t in (*metadata.graph.inputs, *metadata.graph.outputs)}
     inputs, outputs = (
-        tuple(GraphTensor(name, known[name].shape) for name in names) for names in interface(chunk)
+        tuple(GraphTensor(name, known[name].shape, codes.get(name)) for name in names)
+        for names in interface(chunk)
     )
     return GraphShape(
         name=chunk.name,
@@ -133,9 +161,14 @@ def graph_shape(chunk: Chunk, binary: ContextBinary) -> GraphShape:
     )
 
 
-def graph_entry(chunk: Chunk, binary: ContextBinary, scheme: str) -> GraphEntry:
+def graph_entry(chunk: Chunk, binary: ContextBinary, codes: Codes, scheme: str) -> GraphEntry:
     """Describe a compiled chunk for the manifest."""
     metadata = binary.metadata
+
+    def described(tensor: GraphTensorEntry) -> GraphTensorEntry:
+        made = codes.get(tensor.name)
+        return replace(tensor, scale=made.scale, zero_point=made.zero_point) if made else tensor
+
     return GraphEntry(
         name=chunk.name,
         graph=metadata.graph.name,
@@ -144,8 +177,8 @@ def graph_entry(chunk: Chunk, binary: ContextBinary, scheme: str) -> GraphEntry:
         file=f"{FOLDER}/{binary.path.name}",
         form=QNN_CONTEXT,
         scheme=scheme,
-        inputs=metadata.graph.inputs,
-        outputs=metadata.graph.outputs,
+        inputs=tuple(map(described, metadata.graph.inputs)),
+        outputs=tuple(map(described, metadata.graph.outputs)),
         qnn=QnnEntry(
             soc_model=metadata.soc_model,
             arch=metadata.arch,
