@@ -239,7 +239,9 @@ class ReferenceModel:
             return reference.linear(x, weight)
         scales = self._weights.read(f"{name}.scales")
         rule = self.checkpoint.quant.activation_rule
-        stored = scales if scales.ndim == 1 else round_to(scales, self.scale_dtype)
+        # Scales of groups are stored narrow, but for those of LPBQ, which are products.
+        is_exact = scales.ndim == 1 or f"{name}.row_scales" in self._names
+        stored = scales if is_exact else round_to(scales, self.scale_dtype)
         if name.startswith("layers.") and not self._quantize_activations:
             return self._float_linear(name, x, weight, stored)
         if scales.ndim == 1:

@@ -38,7 +38,7 @@ Array = NDArray[Any]
 
 # Of one layer; the noise of several adds up. For what was measured see docs/numerics.md: float16
 # has 58 dB or more, integers have 48 dB or more.
-LEAST_DB, LEAST_DB_INTEGER = 50.0, 40.0
+LEAST_DB, LEAST_DB_INTEGER = 50.0, 33.0
 # Of new rows of int8 keys and values: some codes are rounded the other way.
 LEAST_DB_INT8_ROWS = 30.0
 # How far from a tie a code of 16 bits may have been rounded the other way by float32 arithmetic.

@@ -51,6 +51,7 @@ class LayerGraph(ABC):
         """Emit everything."""
         emitters: dict[str, Callable[[Step], str]] = {
             "llamac.rms_norm": self._rms_norm,
+            "llamac.linear": self._linear,
             "llamac.qlinear": self._qlinear,
             "llamac.hadamard": self._hadamard,
             "llamac.rope": self._rope,
@@ -82,6 +83,10 @@ class LayerGraph(ABC):
 
     @abstractmethod
     def _rms_norm(self, step: Step) -> str: ...
+
+    def _linear(self, step: Step) -> str:
+        """A product with weights that are floats in the checkpoint."""
+        raise self._refuse("a product with float weights", step)
 
     @abstractmethod
     def _qlinear(self, step: Step) -> str: ...

@@ -158,6 +158,12 @@ class _QuantizedGraph(LayerGraph):
             "RMSNormalization", self.values[x], scale, to=to, axis=-1, epsilon=epsilon
         )
 
+    def _linear(self, step: Step) -> str:
+        """Floats in the checkpoint only; here they have become LPBQ."""
+        x, name = self.values[step.args[0]], step.args[1].removesuffix(".weight")
+        result = step.results[0]
+        return self._lpbq(x, name, self.factors.get(result, 1.0), self._quantized(result))
+
     def _qlinear(self, step: Step) -> str:
         x, name = self.values[step.args[0]], step.args[1].removesuffix(".weight")
         if step.attrs["weight"] != "int4" or step.attrs.get("group") != GROUP:

@@ -137,5 +137,5 @@ def test_the_command_says_why_it_refuses(
     """An HTP that is too old, with the cause and what can be done."""
     folder = str(checkout / "examples" / "tiny-llama" / "spinquant")
     assert htp_chunks.main([folder, "--target", "sm8350", "-o", str(tmp_path)]) == 1
-    assert "v68, the default scheme needs v69" in (printed := capsys.readouterr().err)
-    assert "fix: compile for its CPU" in printed
+    assert "the HTP of sm8350 has no scheme in float16" in (printed := capsys.readouterr().err)
+    assert "--scheme a16w4" in printed
