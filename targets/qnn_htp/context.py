@@ -37,6 +37,9 @@ SOC_MODELS = {
 FIRST_FLOAT16_ARCH = 69
 """HTP before v69 has no float16 activations with int4 weights in groups: QNN refuses them."""
 
+WRONG_INTEGERS = (69,)
+"""Where Qualcomm's library gives wrong scores of 16-bit queries and int8 keys behind the 32nd."""
+
 MAX_BINARY_BYTES = 4 << 30
 """What one context can address on a device. Source: ExecuTorch, README of its Qualcomm Llama."""
 
@@ -79,6 +82,11 @@ class ContextBinary:
 def has_float16(soc: SoC) -> bool:
     """Whether the HTP of a SoC takes float16 activations with int4 weights in groups."""
     return soc.hexagon is not None and _arch(soc.hexagon.version) >= FIRST_FLOAT16_ARCH
+
+
+def has_integers(soc: SoC) -> bool:
+    """Whether attention over int8 caches was right on the HTP of a SoC; v69's was not."""
+    return soc.hexagon is not None and _arch(soc.hexagon.version) not in WRONG_INTEGERS
 
 
 def _arch(version: str) -> int:

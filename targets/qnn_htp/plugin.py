@@ -68,10 +68,11 @@ class QnnHtp(Target):
         return ()
 
     def schemes(self) -> Sequence[Scheme]:
-        """Float16 as the default from v69 on, integers for all."""
-        from llamac.targets.qnn_htp.context import has_float16  # noqa: PLC0415
+        """Float16 as the default from v69 on, integers where they are computed right."""
+        from llamac.targets.qnn_htp.context import has_float16, has_integers  # noqa: PLC0415
 
-        return (FLOAT16, A16W4) if has_float16(self.soc) else (A16W4,)
+        there = {FLOAT16: has_float16(self.soc), A16W4: has_integers(self.soc)}
+        return tuple(scheme for scheme, is_there in there.items() if is_there)
 
     def offload(
         self,

@@ -21,13 +21,13 @@ from llamac.targets.qnn_htp.context import (
     SOC_MODELS,
     check_target,
     compile_chunks,
-    has_float16,
     htp_of,
     layer_weight_bytes,
     layers_per_chunk,
 )
 from llamac.targets.qnn_htp.emitter import float16_writer
 from llamac.targets.qnn_htp.metadata import read_metadata
+from llamac.targets.registry import make_target
 from llamac.targets.soc import load_soc
 
 SOCS = {"sm8450": (36, 69), "sm8550": (43, 73), "sm8650": (57, 75), "sm8750": (69, 79)}
@@ -100,7 +100,9 @@ def test_all_our_socs_have_a_number_or_are_refused() -> None:
     """SoC files and the table of numbers agree."""
     for name, number in SOC_MODELS.items():
         assert htp_of(load_soc(name)).soc_model == number
-        assert has_float16(load_soc(name)) == (name != "sm8350")
+        names = [scheme.name for scheme in make_target("qnn-htp", load_soc(name)).schemes()]
+        expected = {"sm8350": ["a16w4"], "sm8450": ["float16"]}
+        assert names == expected.get(name, ["float16", "a16w4"])
 
 
 def test_socs_without_htp_are_refused() -> None:
