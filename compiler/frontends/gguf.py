@@ -16,29 +16,23 @@ order already: llama.cpp's converter reorders them for this architecture.
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from llamac.compiler.checkpoint import (
-    Checkpoint,
-    TensorInfo,
-    check_finite,
-    check_scales,
-    same_values,
+from llamac.compiler.checkpoint import Checkpoint, same_values
+from llamac.compiler.config import LlamaConfig
+from llamac.compiler.frontends.converted import (
+    ConvertedWeights,
+    Layer,
+    conversion_notes,
+    make_tokenizer,
+    read_quant,
 )
-from llamac.compiler.config import LlamaConfig, QuantConfig
+from llamac.compiler.frontends.forms import FORMS, linear_forms, table_form
 from llamac.compiler.frontends.gguf_blocks import BLOCKS, Q4_0
 from llamac.compiler.frontends.gguf_config import ROPE_FREQS, read_config
 from llamac.compiler.frontends.gguf_file import GgufFile, GgufTensor, open_gguf
-from llamac.compiler.frontends.gguf_forms import FORMS, Form, Loss, measure
 from llamac.compiler.frontends.gguf_tokenizer import write_tokenizer
 from llamac.compiler.frontends.tiktoken_form import check_tokenizer
 from llamac.runtime.errors import ModelUnsupported, TensorInvalid
@@ -52,60 +46,6 @@ _LINEAR = {
     "feed_forward.w2": "ffn_down",
     "feed_forward.w3": "ffn_up",
 }
-# Layers of which one kernel computes all.
-_FUSED = (
-    ("attention.wq", "attention.wk", "attention.wv"),
-    ("attention.wo",),
-    ("feed_forward.w1", "feed_forward.w3"),
-    ("feed_forward.w2",),
-)
-# A table of int8 is as good as the file's own types from here on: Q6_K has about 36 dB.
-_LEAST_TABLE_DB = 30.0
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One layer of the model and the tensor that it comes from."""
-
-    name: str
-    tensor: GgufTensor
-    form: Form
-
-
-class GgufWeights:
-    """The tensors of one file, converted when they are read (a `WeightSource`).
-
-    Args:
-        layers: in the order of use.
-        check_values: check scales and floats of every tensor when it is read.
-    """
-
-    def __init__(self, layers: Iterable[_Layer], check_values: bool) -> None:
-        self._parts = {
-            f"{layer.name}.{part}": (layer, part) for layer in layers for part in layer.form.parts
-        }
-        self._check_values = check_values
-
-    def names(self) -> Sequence[str]:
-        """All tensors, in the order of use."""
-        return tuple(self._parts)
-
-    def info(self, name: str) -> TensorInfo:
-        """Shape and dtype as `read` returns them."""
-        layer, part = self._parts[name]
-        return layer.form.info(layer.tensor, part)
-
-    def read(self, name: str) -> NDArray[Any]:
-        """One tensor; types of the file that no kernel reads are converted here, in pieces."""
-        layer, part = self._parts[name]
-        array = layer.form.read(layer.tensor, part)
-        if self._check_values:
-            if part == "scales":
-                check_scales(name, array, signed=layer.form.signed)
-            elif array.dtype != np.int8:
-                check_finite(name, array)
-        array.flags.writeable = False
-        return array
 
 
 def _tensor(file: GgufFile, name: str, shape: tuple[int, ...]) -> GgufTensor:
@@ -130,54 +70,47 @@ def _tensor(file: GgufFile, name: str, shape: tuple[int, ...]) -> GgufTensor:
 
 def _block_layers(
     file: GgufFile, config: LlamaConfig, number: int, requantize: bool
-) -> Iterator[_Layer]:
+) -> Iterator[Layer]:
     """The layers of one block, in the order of use."""
     names, shapes = {"attention_norm": "attn_norm", "ffn_norm": "ffn_norm"}, config.linear_shapes()
     for name, stored in names.items():
         tensor = _tensor(file, f"blk.{number}.{stored}.weight", (config.dim,))
-        yield _Layer(f"layers.{number}.{name}", tensor, FORMS["norm"])
+        yield Layer(f"layers.{number}.{name}", tensor, FORMS["norm"])
     tensors = {
         name: _tensor(file, f"blk.{number}.{stored}.weight", shapes[name])
         for name, stored in _LINEAR.items()
     }
-    forms: dict[str, Form] = {}
-    for group in _FUSED:
-        is_int4 = all(
-            tensors[name].type_id == Q4_0 or (requantize and shapes[name][1] % 32 == 0)
-            for name in group
-        )
-        for name in group:
-            is_exact = tensors[name].type_id == Q4_0
-            forms[name] = FORMS[("q4_0" if is_exact else "int4") if is_int4 else "bfloat16"]
+    kept = {name: "signed int4" for name, tensor in tensors.items() if tensor.type_id == Q4_0}
+    forms = linear_forms(tensors, kept, requantize)
     for name in shapes:
-        yield _Layer(f"layers.{number}.{name}", tensors[name], forms[name])
+        yield Layer(f"layers.{number}.{name}", tensors[name], forms[name])
 
 
-def _table_form(tensor: GgufTensor, requantize: bool) -> Form:
-    """int8 for a table that was quantized already and loses little."""
-    is_float = BLOCKS[tensor.type_id].is_float
-    if requantize or (not is_float and measure(tensor, FORMS["int8"]).decibels >= _LEAST_TABLE_DB):
-        return FORMS["int8"]
-    return FORMS["bfloat16"]
-
-
-def _layers(file: GgufFile, config: LlamaConfig, requantize: bool) -> list[_Layer]:
-    """All layers, in the order of use; an output layer that is missing is the embedding."""
+def _tables(file: GgufFile, config: LlamaConfig) -> tuple[GgufTensor, GgufTensor]:
+    """Embedding and output layer; an output layer that is missing is the embedding."""
     shape = (config.vocab_size, config.dim)
     embedding = _tensor(file, "token_embd.weight", shape)
-    output = _tensor(file, "output.weight", shape) if "output.weight" in file.tensors else embedding
-    layers = [_Layer("tok_embeddings", embedding, _table_form(embedding, requantize))]
+    is_tied = "output.weight" not in file.tensors
+    return embedding, embedding if is_tied else _tensor(file, "output.weight", shape)
+
+
+def _layers(
+    file: GgufFile, config: LlamaConfig, tables: tuple[GgufTensor, GgufTensor], requantize: bool
+) -> list[Layer]:
+    """All layers, in the order of use."""
+    embedding, output = tables
+    layers = [Layer("tok_embeddings", embedding, table_form(embedding, requantize))]
     for number in range(config.num_layers):
         layers += _block_layers(file, config, number, requantize)
-    layers.append(_Layer("norm", _tensor(file, "output_norm.weight", (config.dim,)), FORMS["norm"]))
-    layers.append(_Layer("output", output, _table_form(output, requantize)))
+    layers.append(Layer("norm", _tensor(file, "output_norm.weight", (config.dim,)), FORMS["norm"]))
+    layers.append(Layer("output", output, table_form(output, requantize)))
     _refuse_others(file, layers)
     return layers
 
 
-def _refuse_others(file: GgufFile, layers: Sequence[_Layer]) -> None:
+def _refuse_others(file: GgufFile, layers: Sequence[Layer]) -> None:
     """Refuse tensors that the model would be computed without."""
-    known = {ROPE_FREQS, *(layer.tensor.name for layer in layers)}
+    known = {ROPE_FREQS, *(layer.stored.name for layer in layers)}
     for name in file.tensors:
         if name not in known:
             raise TensorInvalid(
@@ -188,47 +121,8 @@ def _refuse_others(file: GgufFile, layers: Sequence[_Layer]) -> None:
             )
 
 
-def _read_quant(layers: Sequence[_Layer]) -> QuantConfig:
-    """Which arithmetic the layers need."""
-    forms = [layer.form for layer in layers]
-    if not any(form.is_int4 for form in forms):
-        return QuantConfig("float")
-    return QuantConfig("ptq", signed_scales=any(form.signed for form in forms))
-
-
-def _notes(layers: Sequence[_Layer]) -> Iterator[str]:
-    """What became of the tensors of each type, and how much it loses."""
-    losses: dict[tuple[str, str, Form], list[Loss]] = {}
-    is_tied = layers[0].tensor is layers[-1].tensor
-    for layer in layers[:-1] if is_tied else layers:
-        if layer.form is FORMS["norm"]:
-            continue
-        what = "linear layers" if layer.name.startswith("layers.") else layer.name
-        losses.setdefault((what, layer.tensor.type, layer.form), []).append(
-            measure(layer.tensor, layer.form)
-        )
-    for (what, kind, form), parts in losses.items():
-        total = sum(parts[1:], parts[0])
-        count = f"{len(parts)} {what}" if what == "linear layers" else what
-        loss = f"{total.decibels:.1f} dB of signal to noise" if total.noise else "no loss"
-        where = (
-            "without loss" if kind in form.exact_for else f"{loss} on the rows that were measured"
-        )
-        yield f"{count} of type {kind}: {form.title}, {where}"
-
-
-def _make_tokenizer(file: GgufFile, vocab_size: int, weights: GgufWeights) -> Path:
-    """Write the tokenizer into a folder that lives as long as the weights."""
-    folder = tempfile.mkdtemp(prefix="llamac-")
-    weakref.finalize(weights, shutil.rmtree, folder, ignore_errors=True)
-    path = Path(folder) / "tokenizer.model"
-    write_tokenizer(file, vocab_size, path)
-    return path
-
-
-def _is_shared(file: GgufFile, layers: Sequence[_Layer]) -> bool:
+def _is_shared(first: GgufTensor, last: GgufTensor) -> bool:
     """Whether output and embedding are one tensor, or equal."""
-    first, last = layers[0].tensor, layers[-1].tensor
     if first is last:
         return True
     if first.type_id != last.type_id or first.data is None or last.data is None:
@@ -262,19 +156,20 @@ def from_gguf(
     """
     file = open_gguf(Path(path))
     config, notes = read_config(file, rope_factor)
-    layers = _layers(file, config, requantize)
-    weights = GgufWeights(layers, check_values)
+    embedding, output = tables = _tables(file, config)
+    layers = _layers(file, config, tables, requantize)
+    weights = ConvertedWeights(layers, check_values)
     if tokenizer is None:
-        tokenizer = _make_tokenizer(file, config.vocab_size, weights)
+        tokenizer = make_tokenizer(weights, partial(write_tokenizer, file, config.vocab_size))
     check_tokenizer(tokenizer, config.vocab_size)
     if "output.weight" not in file.tensors:
         notes.append("no output.weight: the embedding is used (tied)")
     return Checkpoint(
         name=re.sub(r"[^A-Za-z0-9._+-]+", "-", file.path.resolve().stem).strip("-.") or "model",
         config=config,
-        quant=_read_quant(layers),
+        quant=read_quant(layers),
         weights=weights,
         tokenizer=tokenizer,
-        notes=(*notes, *_notes(layers)),
-        shared_embedding=_is_shared(file, layers),
+        notes=(*notes, *conversion_notes(layers)),
+        shared_embedding=_is_shared(embedding, output),
     )

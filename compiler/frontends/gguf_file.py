@@ -32,7 +32,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llamac.compiler.frontends.gguf_blocks import BLOCKS, type_name
+from llamac.compiler.frontends.forms import Rows
+from llamac.compiler.frontends.gguf_blocks import BLOCKS, decode, q4_0_parts, type_name
 from llamac.runtime.errors import CheckpointMissing, CheckpointUnreadable, ModelUnsupported
 
 MAGIC = b"GGUF"
@@ -97,6 +98,28 @@ class GgufTensor:
     def type(self) -> str:
         """The type's name, "Q4_0"."""
         return type_name(self.type_id)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether every value is stored for itself."""
+        return BLOCKS[self.type_id].is_float
+
+    def values(self, rows: Rows) -> NDArray[np.float32]:
+        """Some rows, decoded: float32 [n, k]."""
+        return decode(self.type_id, self._raw(rows))
+
+    def bits(self, rows: Rows) -> NDArray[np.uint16]:
+        """Some rows of BF16: uint16 [n, k], a view of the file if `rows` is a slice."""
+        return np.ascontiguousarray(self._raw(rows)).view("<u2")
+
+    def int4(self, rows: Rows) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """Codes [n, k] and scales [n, k / 32] of some rows of Q4_0."""
+        return q4_0_parts(self._raw(rows))
+
+    def _raw(self, rows: Rows) -> NDArray[np.uint8]:
+        if self.data is None:
+            raise ValueError(f"{self.name} has no decoder")  # the front end has refused it
+        return self.data[rows]
 
 
 @dataclass(frozen=True)
