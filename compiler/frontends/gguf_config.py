@@ -7,7 +7,6 @@ because the rule is what a configuration holds.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 from llamac.compiler.config import LlamaConfig, RopeScaling, rope_frequencies
 from llamac.compiler.frontends.gguf_blocks import decode
 from llamac.compiler.frontends.gguf_file import GgufFile
-from llamac.runtime.errors import ModelUnsupported, ParamsInvalid, TensorInvalid, UsageError
+from llamac.compiler.frontends.meta_params import users_scaling
+from llamac.runtime.errors import ModelUnsupported, ParamsInvalid, TensorInvalid
 
 ROPE_FREQS = "rope_freqs.weight"
 _LARGEST_NUMBER = 1 << 31
@@ -141,13 +141,7 @@ def _rope_scaling(
 ) -> tuple[RopeScaling | None, str]:
     """Decide the RoPE scaling, and say how."""
     if rope_factor is not None:
-        if not 1 <= rope_factor < math.inf:
-            raise UsageError(
-                f"The RoPE factor is {rope_factor}, expected a finite number of at least 1.",
-                cause="The factor divides frequencies to stretch the context.",
-                fix="Leave it out, or give 32 for Llama 3.2 and 8 for Llama 3.1.",
-            )
-        return RopeScaling(float(rope_factor)), f"RoPE factor {rope_factor:g}, given by the user"
+        return users_scaling(rope_factor)
     if ROPE_FREQS not in file.tensors:
         return None, f"no RoPE scaling: the file has no {ROPE_FREQS}"
     divisors = _read_divisors(file, config.head_dim // 2)

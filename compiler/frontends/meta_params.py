@@ -42,7 +42,7 @@ class Fields:
         return ParamsInvalid(
             f"{self.path}: {self.prefix}{field} is {found}, expected {expected}.",
             cause="The file is damaged, edited, or belongs to another model.",
-            fix="Take the params.json that was published with these weights.",
+            fix=f"Take the {self.path.name} that was published with these weights.",
         )
 
     def has(self, field: str) -> bool:
@@ -95,6 +95,17 @@ def read_params(path: Path) -> Fields:
             cause="Meta's checkpoints keep the model's sizes in a file of their own.",
             fix="Fetch params.json and put it beside the .pth file.",
         )
+    content = read_object(path).values
+    inner = content.get("model")
+    return Fields(path, {**content, **inner} if isinstance(inner, dict) else content)
+
+
+def read_object(path: Path) -> Fields:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        ParamsInvalid: it does not, or cannot be read.
+    """
     try:
         if path.stat().st_size > _LARGEST_FILE_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes are too many")
@@ -105,10 +116,9 @@ def read_params(path: Path) -> Fields:
         raise ParamsInvalid(
             f"{path} is not a JSON object.",
             cause=f"The reader said: {error}",
-            fix="Fetch params.json again.",
+            fix=f"Fetch {path.name} again.",
         ) from error
-    inner = content.get("model")
-    return Fields(path, {**content, **inner} if isinstance(inner, dict) else content)
+    return Fields(path, content)
 
 
 def ffn_width(params: Fields, dim: int) -> int:
@@ -153,6 +163,21 @@ def read_config(params: Fields, rope_factor: float | None) -> tuple[LlamaConfig,
     return replace(config, rope_scaling=scaling), [note]
 
 
+def users_scaling(rope_factor: float) -> tuple[RopeScaling, str]:
+    """The RoPE scaling by a factor that the user gave, and a note.
+
+    Raises:
+        UsageError: the factor is not a finite number of at least 1.
+    """
+    if not 1 <= rope_factor < math.inf:
+        raise UsageError(
+            f"The RoPE factor is {rope_factor}, expected a finite number of at least 1.",
+            cause="The factor divides frequencies to stretch the context.",
+            fix="Leave it out, or give 32 for Llama 3.2 and 8 for Llama 3.1.",
+        )
+    return RopeScaling(float(rope_factor)), f"RoPE factor {rope_factor:g}, given by the user"
+
+
 def _rope_scaling(
     params: Fields, config: LlamaConfig, rope_factor: float | None
 ) -> tuple[RopeScaling | None, str]:
@@ -162,13 +187,7 @@ def _rope_scaling(
     is 3.1's factor. A wrong factor shows only in long texts, so the choice is always noted.
     """
     if rope_factor is not None:
-        if not 1 <= rope_factor < math.inf:
-            raise UsageError(
-                f"The RoPE factor is {rope_factor}, expected a finite number of at least 1.",
-                cause="The factor divides frequencies to stretch the context.",
-                fix="Leave it out, or give 32 for Llama 3.2 and 8 for Llama 3.1.",
-            )
-        return RopeScaling(float(rope_factor)), f"RoPE factor {rope_factor:g}, given by the user"
+        return users_scaling(rope_factor)
     use_scaled_rope = params.boolean("use_scaled_rope")
     known = any(
         replace(config, rope_scaling=preset.rope_scaling) == preset

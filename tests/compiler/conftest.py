@@ -42,6 +42,12 @@ def gguf_layout() -> ModuleType:
     return load_beside("gguf_layout")
 
 
+@pytest.fixture(scope="session")
+def hf_layout() -> ModuleType:
+    """The module `hf_layout.py`."""
+    return load_beside("hf_layout")
+
+
 @pytest.fixture
 def write_meta(meta_layout: ModuleType, tmp_path: Path) -> Callable[..., Path]:
     """Write a checkpoint in a folder named "model": write_meta(form, change=None, **options)."""
@@ -70,6 +76,20 @@ def write_gguf(gguf_layout: ModuleType, tmp_path: Path) -> Callable[..., Path]:
         if change is not None:
             change(layout)
         written: Path = layout.write(tmp_path / "model Q.gguf")
+        return written
+
+    return write
+
+
+@pytest.fixture
+def write_hf(hf_layout: ModuleType, tmp_path: Path) -> Callable[..., Path]:
+    """Write a float checkpoint as a folder: write_hf(checkpoint, change=None, shards=1, **how)."""
+
+    def write(checkpoint: Checkpoint, change: Any = None, shards: int = 1, **how: Any) -> Path:
+        layout = hf_layout.make_layout(checkpoint, **how)
+        if change is not None:
+            change(layout)
+        written: Path = layout.write(tmp_path / "Some-Model", shards)
         return written
 
     return write
