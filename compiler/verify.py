@@ -24,8 +24,7 @@ import numpy as np
 from llamac.compiler.blas import single_threaded_blas
 from llamac.compiler.checkpoint import Checkpoint
 from llamac.compiler.describe import describe_model, describe_quantization
-from llamac.compiler.frontends.gguf_file import is_gguf
-from llamac.compiler.frontends.recognize import open_checkpoint
+from llamac.compiler.frontends.recognize import can_requantize, open_checkpoint
 from llamac.compiler.layers import LayerModel
 from llamac.compiler.progress import Progress, SilentProgress
 from llamac.compiler.reference_model import ReferenceModel
@@ -371,14 +370,14 @@ def verify_bundle(  # noqa: PLR0913 (keywords, each with a default)
 def _read_checkpoint(bundle: Path, manifest: Manifest, model: Path) -> Checkpoint:
     """Open the checkpoint with the options that the manifest records, and compare both."""
     scaling, stored = manifest.model.rope_scaling, manifest.quantization
-    # A GGUF file that has these forms by itself is read in the same way with the option.
+    # A model that has these forms by itself is read in the same way with the option.
     all_codes = ("int4 group-32", "int8 per channel", "int8 per channel")
     was_requantized = (stored.weights, stored.embedding, stored.output) == all_codes
     checkpoint = open_checkpoint(
         model,
         rope_factor=scaling.factor if scaling else None,
         tokenizer=bundle / manifest.file("tokenizer"),
-        requantize=was_requantized and is_gguf(model),
+        requantize=was_requantized and can_requantize(model),
     )
     names = (manifest.model.name, manifest.model.context_length)
     expected = describe_quantization(checkpoint, stored.scale_dtype, stored.kv_cache, stored.notes)

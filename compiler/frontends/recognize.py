@@ -9,6 +9,16 @@ from llamac.compiler.frontends.gguf_file import is_gguf
 from llamac.runtime.errors import UsageError
 
 
+def is_hf(path: Path) -> bool:
+    """Whether a folder holds a model as Hugging Face has it, and none as Meta has it."""
+    return (path / "config.json").is_file() and not (path / "params.json").is_file()
+
+
+def can_requantize(path: Path) -> bool:
+    """Whether the form of a model knows the option."""
+    return is_gguf(path) or is_hf(path)
+
+
 def open_checkpoint(
     path: Path,
     *,
@@ -19,7 +29,8 @@ def open_checkpoint(
     """Open a model with the front end that knows its form.
 
     Args:
-        path: a GGUF file; else a folder or `.pth` file in Meta's layout.
+        path: a GGUF file; a folder of Hugging Face; else a folder or `.pth` file in Meta's
+            layout.
         rope_factor: RoPE scaling factor instead of the model's own.
         tokenizer: a tokenizer file instead of the model's own.
         requantize: make int4 of linear layers that no kernel reads as they are.
@@ -33,10 +44,14 @@ def open_checkpoint(
         from llamac.compiler.frontends.gguf import from_gguf  # noqa: PLC0415
 
         return from_gguf(path, rope_factor=rope_factor, tokenizer=tokenizer, requantize=requantize)
+    if is_hf(path):
+        from llamac.compiler.frontends.hf import from_hf  # noqa: PLC0415
+
+        return from_hf(path, rope_factor=rope_factor, tokenizer=tokenizer, requantize=requantize)
     if requantize:
         raise UsageError(
             f"{path} cannot be quantized anew",
-            cause="only GGUF files can: Meta's are compiled as they are",
+            cause="only GGUF files and Hugging Face's folders can: Meta's are compiled as they are",
             fix="leave --requantize out",
         )
     from llamac.compiler.frontends.meta import from_meta  # noqa: PLC0415 (imports torch)

@@ -48,6 +48,12 @@ def hf_layout() -> ModuleType:
     return load_beside("hf_layout")
 
 
+@pytest.fixture(scope="session")
+def hf_packing() -> ModuleType:
+    """The module `hf_packing.py`."""
+    return load_beside("hf_packing")
+
+
 @pytest.fixture
 def write_meta(meta_layout: ModuleType, tmp_path: Path) -> Callable[..., Path]:
     """Write a checkpoint in a folder named "model": write_meta(form, change=None, **options)."""
