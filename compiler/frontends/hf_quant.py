@@ -207,6 +207,7 @@ class Torchao(Scheme):
 
     name = "torchao"
     _KIND = "IntxUnpackedToInt8Tensor"
+    _INPUTS = (None, "int8_asym_per_token")
 
     def open(
         self, table: TensorTable, module: str, shape: tuple[int, int], order: RowOrder
@@ -233,11 +234,12 @@ class Torchao(Scheme):
             content = json.loads(table.files.metadata.get(f"{module}.weight", "{}"))
             kind, data = content.get("_type"), content.get("_data", {})
             bits = data.get("target_dtype", {}).get("_data")
+            inputs = data.get("activation_quantization")
         except (ValueError, RecursionError, AttributeError):
-            kind = bits = None
-        if kind != self._KIND or bits not in ("int4", "int8"):
-            what = f"{kind} of {bits}" if bits else f"{kind}"
-            raise unsupported(self.fields, f"{module}.weight is a {what[:80]} (torchao)")
+            kind = bits = inputs = None
+        if kind != self._KIND or bits not in ("int4", "int8") or inputs not in self._INPUTS:
+            what = " of ".join(str(part)[:60] for part in (kind, bits, inputs) if part)
+            raise unsupported(self.fields, f"{module}.weight is {what or 'of no kind'} (torchao)")
         return int(bits.removeprefix("int"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -99,6 +100,33 @@ def write_hf(hf_layout: ModuleType, tmp_path: Path) -> Callable[..., Path]:
         return written
 
     return write
+
+
+@pytest.fixture
+def write_quantized(
+    write_hf: Callable[..., Path], hf_packing: ModuleType, tiny_float: Checkpoint
+) -> Callable[..., Path]:
+    """The tiny model, quantized: write_quantized(scheme, group=32, change=None, **how)."""
+
+    def run(scheme: str, group: int = 32, change: Any = None, **how: Any) -> Path:
+        encode = getattr(hf_packing, scheme.partition("-")[0])(group, **how)
+
+        def complete(layout: Any) -> None:
+            config = copy.deepcopy(hf_packing.CONFIGS[scheme])
+            layout.config["quantization_config"] = config
+            if scheme == "gptq" and how.get("version") == 2:
+                config["checkpoint_format"] = "gptq_v2"
+            if scheme == "torchao":
+                modules = (n for n in layout.tensors if n.endswith("._weight_qdata"))
+                layout.metadata = {
+                    n.replace("._weight_qdata", ".weight"): hf_packing.METADATA for n in modules
+                }
+            if change is not None:
+                change(layout)
+
+        return write_hf(tiny_float, complete, encode=encode)
+
+    return run
 
 
 @pytest.fixture(scope="session")

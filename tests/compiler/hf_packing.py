@@ -32,9 +32,21 @@ class Quantized:
 
 
 def quantize(
-    values: np.ndarray, group: int, symmetric: bool = True, order: np.ndarray | None = None
+    values: np.ndarray,
+    group: int,
+    symmetric: bool = True,
+    order: np.ndarray | None = None,
+    coarse: bool = False,
 ) -> Quantized:
-    """Round to the nearest; `order` sorts columns into groups, as act-order does."""
+    """Round to the nearest.
+
+    Args:
+        values: float32 [N, K].
+        group: columns of a scale, or -1 for all.
+        symmetric: zero points are 8.
+        order: sorts columns into groups, as act-order does.
+        coarse: scales are numbers that bfloat16 has, too.
+    """
     n, k = values.shape
     group = k if group == -1 else group
     order = np.arange(k) if order is None else order
@@ -48,7 +60,8 @@ def quantize(
         low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
         scales = (high - low) / 15
         zeros = np.rint(-low / np.maximum(scales, 1e-8)).astype(int)
-    scales = np.maximum(scales, 1e-3).astype(np.float16)
+    scales = np.maximum(scales, 1e-3)
+    scales = (from_bfloat16(as_bfloat16(scales)) if coarse else scales).astype(np.float16)
     steps = values / scales[:, groups].astype(np.float32) + zeros[:, groups]
     return Quantized(np.clip(np.rint(steps), 0, 15).astype(np.uint8), scales, zeros, groups)
 
@@ -113,9 +126,9 @@ def as_bfloat16(scales: np.ndarray) -> np.ndarray:
     return to_bfloat16(scales.astype(np.float32))
 
 
-def torchao(group: int, symmetric: bool = True) -> Encode:
+def torchao(group: int, **how: Any) -> Encode:
     def encode(values: np.ndarray) -> Mapping[str, np.ndarray]:
-        q = quantize(values, group, symmetric)
+        q = quantize(values, group, **how)
         return {
             "_weight_qdata": q.codes.astype(np.int8) - np.int8(8),
             "_weight_scale": as_bfloat16(q.scales),
