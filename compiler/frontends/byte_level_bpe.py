@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llamac.compiler.describe import SPECIAL_TOKENS, STOP_TOKENS
+from llamac.compiler.frontends.meta_params import shown
 from llamac.runtime.errors import TokenizerError
 
 _LONGEST_TOKEN = 1 << 11  # bytes; Llama 3's have 256, and a merge has the bytes of its token
@@ -122,7 +123,7 @@ def check_id(source: Path, name: str, found: object, expected: set[int]) -> None
     if not isinstance(found, int) or found not in expected:
         raise refuse(
             source,
-            f"{name} is {str(found)[:20]}, expected one of {sorted(expected)}",
+            f"{name} is {shown(found)}, expected one of {sorted(expected)}",
             "The model begins or ends its texts in another way than Llama 3.",
         )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llamac.compiler.config import LlamaConfig, RopeScaling
-from llamac.compiler.frontends.meta_params import Fields, read_object, users_scaling
+from llamac.compiler.frontends.meta_params import Fields, read_object, shown, users_scaling
 from llamac.runtime.errors import CheckpointMissing, ModelUnsupported
 
 # Fields of other models, with the values that mean nothing.
@@ -105,17 +105,23 @@ def _unsupported(fields: Fields, what: str) -> ModelUnsupported:
     )
 
 
+def _listed(value: object) -> str:
+    """A list of texts for an error; what is none as `shown` says it."""
+    is_list = isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return f"{value!r:.80}" if is_list else shown(value)
+
+
 def _check_supported(fields: Fields) -> None:
     """Refuse what is not Llama's arithmetic."""
     if fields.values.get("model_type") != "llama":
-        raise _unsupported(fields, f"model_type is {fields.values.get('model_type')!r:.40}")
+        raise _unsupported(fields, f"model_type is {shown(fields.values.get('model_type'))}")
     architectures = fields.values.get("architectures")
     if architectures not in (None, ["LlamaForCausalLM"]):
-        raise _unsupported(fields, f"architectures is {str(architectures)[:60]}")
+        raise _unsupported(fields, f"architectures is {_listed(architectures)}")
     for name, neutral in _NEUTRAL.items():
         value = fields.values.get(name)
         if value not in neutral:
-            raise _unsupported(fields, f"{name} is {str(value)[:40]}")
+            raise _unsupported(fields, f"{name} is {shown(value)}")
     kinds = fields.values.get("layer_types")
     if kinds is not None and (
         not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
@@ -149,7 +155,7 @@ def _rope_scaling(fields: Fields) -> tuple[RopeScaling | None, str]:
     if kind == "default":
         return None, "no RoPE scaling: its type is default in config.json"
     if kind != "llama3":
-        raise _unsupported(fields, f"RoPE scaling is of type {kind!r:.40}")
+        raise _unsupported(fields, f"RoPE scaling is of type {shown(kind)}")
     scaling = RopeScaling(
         section.number("factor"),
         section.number("low_freq_factor"),

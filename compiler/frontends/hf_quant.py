@@ -19,7 +19,7 @@ from llamac.compiler.frontends.hf_packed import (
     TorchaoWeights,
 )
 from llamac.compiler.frontends.hf_tensors import FLOATS, RowOrder, TensorTable
-from llamac.compiler.frontends.meta_params import Fields
+from llamac.compiler.frontends.meta_params import Fields, shown
 from llamac.compiler.frontends.safetensors_file import SafeTensor
 from llamac.runtime.errors import ModelUnsupported, TensorInvalid
 
@@ -56,7 +56,7 @@ class Scheme(ABC):
         value = self.fields.values.get(field)
         if value not in known:
             raise unsupported(
-                self.fields, f"{self.fields.prefix}{field} is {str(value)[:60]} ({self.name})"
+                self.fields, f"{self.fields.prefix}{field} is {shown(value)} ({self.name})"
             )
 
     @abstractmethod
@@ -166,7 +166,7 @@ class CompressedTensors(Scheme):
             (group, "output_activations", (None,)),
         ):
             if inner.values.get(field) not in known:
-                value = str(inner.values.get(field))[:40]
+                value = shown(inner.values.get(field))
                 raise unsupported(self.fields, f"{inner.prefix}{field} is {value} ({self.name})")
         if group.has("input_activations"):
             inputs = group.section("input_activations").values
@@ -238,7 +238,7 @@ class Torchao(Scheme):
         except (ValueError, RecursionError, AttributeError):
             kind = bits = inputs = None
         if kind != self._KIND or bits not in ("int4", "int8") or inputs not in self._INPUTS:
-            what = " of ".join(str(part)[:60] for part in (kind, bits, inputs) if part)
+            what = " of ".join(shown(part) for part in (kind, bits, inputs) if part)
             raise unsupported(self.fields, f"{module}.weight is {what or 'of no kind'} (torchao)")
         return int(bits.removeprefix("int"))
 
@@ -264,7 +264,7 @@ def read_scheme(fields: Fields) -> Scheme | None:
             inner = fields.section(name)
             method = inner.values.get("quant_method")
             if not isinstance(method, str) or method not in SCHEMES:
-                raise unsupported(fields, f"quant_method is {str(method)[:40]!r}")
+                raise unsupported(fields, f"quant_method is {shown(method)}")
             return SCHEMES[method](inner)
     return None
 

@@ -23,6 +23,7 @@ from llamac.compiler.frontends.byte_level_bpe import (
     stop_ids,
     tiktoken_form,
 )
+from llamac.compiler.frontends.meta_params import shown
 from llamac.runtime.tokenizer import PATTERNS
 
 _LARGEST_FILE_BYTES = 64 << 20  # Llama 3's has 17 MB
@@ -102,7 +103,7 @@ def _check_kind(source: Path, content: dict[str, Any], model: dict[str, Any]) ->
     """Refuse tokenizers that work in another way."""
     kind, cause = model.get("type"), "llamac merges bytes as Llama 3 does."
     if kind not in (None, "BPE"):
-        raise refuse(source, f"its model is {str(kind)[:40]!r}, expected 'BPE'", cause)
+        raise refuse(source, f"its model is {shown(kind)}, expected 'BPE'", cause)
     for name, plain in _PLAIN.items():
         value = model.get(name)
         if value not in plain:
@@ -111,7 +112,7 @@ def _check_kind(source: Path, content: dict[str, Any], model: dict[str, Any]) ->
                     "Such tokenizers, of the SentencePiece kind, merge characters and mark spaces "
                     "in their tokens; a file in tiktoken form, which has bytes, cannot express it."
                 )
-            raise refuse(source, f"model.{name} is {str(value)[:40]!r}", cause)
+            raise refuse(source, f"model.{name} is {shown(value)}", cause)
     if content.get("normalizer") is not None:
         raise refuse(
             source, "it changes texts by a normalizer", "Llama 3's takes them as they are."
@@ -148,7 +149,7 @@ def _texts(source: Path, model: dict[str, Any]) -> list[str]:
     texts: list[str | None] = [None] * len(vocab)
     for text, rank in vocab.items():
         if type(rank) is not int or not 0 <= rank < len(texts) or texts[rank] is not None:
-            raise damaged(source, f"the token {text[:40]!r} has the id {str(rank)[:20]}")
+            raise damaged(source, f"the token {text[:40]!r} has the id {shown(rank)}")
         check_length(source, text)
         texts[rank] = text
     return [text for text in texts if text is not None]
@@ -164,7 +165,7 @@ def _special(source: Path, content: dict[str, Any], first: int, vocab_size: int)
             for key in ("id", "content", "special")
         )
         if type(number) is not int or not isinstance(name, str) or number in names:
-            raise damaged(source, f"added_tokens holds {str(entry)[:60]}")
+            raise damaged(source, f"added_tokens holds {_short(entry)}")
         if not first <= number < vocab_size:
             expected = f"expected {first} to {vocab_size - 1}"
             raise refuse(
@@ -182,6 +183,13 @@ def _special(source: Path, content: dict[str, Any], first: int, vocab_size: int)
     return names
 
 
+def _short(entry: Any) -> str:
+    """An added token for an error."""
+    if not isinstance(entry, dict):
+        return shown(entry)
+    return f"{shown(entry.get('content'))} with the id {shown(entry.get('id'))}"
+
+
 def _merges(source: Path, model: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Pairs of tokens: "a b" in older files, ["a", "b"] in newer ones."""
     merges = model.get("merges")
@@ -191,5 +199,5 @@ def _merges(source: Path, model: dict[str, Any]) -> Iterator[tuple[str, str]]:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         is_pair = isinstance(pair, list) and len(pair) == 2
         if not is_pair or not all(isinstance(part, str) for part in pair):
-            raise damaged(source, f"model.merges holds {str(merge)[:60]!r}")
+            raise damaged(source, f"model.merges holds {shown(merge)}")
         yield pair[0], pair[1]

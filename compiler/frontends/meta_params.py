@@ -25,6 +25,13 @@ _LARGEST_FILE_BYTES = 1 << 20
 _LARGEST_NUMBER = 1 << 31
 
 
+def shown(value: object) -> str:
+    """A value of JSON for an error: short and printable."""
+    if isinstance(value, list | dict):  # possibly too deeply nested for repr
+        return f"a {type(value).__name__}"
+    return "missing" if value is None else f"{value!r:.60}"
+
+
 @dataclass(frozen=True)
 class Fields:
     """Typed access to the fields of one JSON object; `prefix` names the object in errors."""
@@ -35,10 +42,7 @@ class Fields:
 
     def error(self, field: str, expected: str) -> ParamsInvalid:
         """Describe what is wrong with one field."""
-        value = self.values.get(field)
-        found = "missing" if value is None else repr(value)[:60]
-        if isinstance(value, list | dict):  # possibly too deeply nested for repr
-            found = f"a {type(value).__name__}"
+        found = shown(self.values.get(field))
         return ParamsInvalid(
             f"{self.path}: {self.prefix}{field} is {found}, expected {expected}.",
             cause="The file is damaged, edited, or belongs to another model.",

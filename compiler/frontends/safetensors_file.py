@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llamac.compiler.frontends.meta_params import shown
 from llamac.runtime.errors import CheckpointMissing, CheckpointUnreadable
 
 INDEX = "model.safetensors.index.json"
@@ -136,7 +137,7 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         raise _damaged(index, "it has no weight_map")
     for name in expected.values():
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", name, re.ASCII):
-            raise _damaged(index, f"it names {name!r:.80}, which is no file beside it")
+            raise _damaged(index, f"it names {shown(name)}, which is no file beside it")
     files = [folder / name for name in sorted(set(expected.values()))]
     for path in files:
         if not path.is_file():
@@ -213,11 +214,11 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _damaged(path, f"{name!r:.80} has the dtype {dtype!r:.40}")
+        raise _damaged(path, f"{name!r:.80} has the dtype {shown(dtype)}")
     for numbers, what in ((shape, "shape"), (offsets, "data_offsets")):
         is_list = isinstance(numbers, list) and len(numbers) <= 8
         if not is_list or not all(type(n) is int and 0 <= n < _LARGEST_SIZE for n in numbers):
-            raise _damaged(path, f"{name!r:.80} has the {what} {str(numbers)[:60]}")
+            raise _damaged(path, f"{name!r:.80} has an impossible {what}")
     size = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != size:
         raise _damaged(
