@@ -30,7 +30,8 @@ Kernels get their knobs from the records of `llamac tune`, then from those that 
 llamac, else from their generators; one line says how many got which.
 
 MODEL is a folder with params.json, tokenizer.model and a .pth file, as Meta publishes them, or the
-.pth file itself, or a GGUF file. TARGET is a name from `llamac targets`; `host` is this machine.
+.pth file itself, or a GGUF file, or a folder of Hugging Face (config.json, *.safetensors,
+tokenizer.json). TARGET is a name from `llamac targets`; `host` is this machine.
 The bundle appears under its name when it is complete and verified, and not before.
 """
 
@@ -140,8 +141,8 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--requantize",
         action="store_true",
-        help="make int4 of GGUF's linear layers that are not Q4_0: small and fast, with a loss "
-        "that is printed (default: bfloat16, nearly exact)",
+        help="make int4 of linear layers of GGUF and Hugging Face that no int4 kernel reads as "
+        "they are: small and fast, with a loss that is printed (default: bfloat16, nearly exact)",
     )
 
 
