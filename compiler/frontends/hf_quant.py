@@ -199,6 +199,8 @@ class CompressedTensors(Scheme):
             )
         zeros = _optional(table, f"{module}.weight_zero_point", ("I32",), (rows // 8, groups))
         index = _optional(table, f"{module}.weight_g_idx", ("I32",), (columns,))
+        if index is not None and (index.data == -1).any():
+            index = None  # it was never filled in: groups are in order
         return CompressedWeights(tensors, zeros, module, self.name, shape, groups, order, index)
 
 

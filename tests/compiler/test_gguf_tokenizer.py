@@ -123,7 +123,7 @@ REFUSED: dict[str, tuple[str, Callable[[Any], None]]] = {
     ),
     "another first token": ("bos_token_id is 5", field("bos_token_id", U32, 5)),
     "another end": ("eos_token_id is 1011", field("eos_token_id", U32, RANKS + 3)),
-    "an end of text": ("eos_token_id is 9", field("eos_token_id", STRING, "9")),
+    "an end of text": ("eos_token_id is '9'", field("eos_token_id", STRING, "9")),
     "no merges": ("merges is missing", field("merges", None)),
     "a merge of strangers": ("does not fit", strings("merges", put(0, b"\xc4\x80 \xc4\x80"))),
     "a merge of one": ("does not fit", strings("merges", put(0, b"th"))),

@@ -181,6 +181,19 @@ def test_act_order_is_converted(
     assert kept == "int8"  # its 256 columns were left in order
 
 
+def test_an_order_that_was_never_filled_in(write_quantized: Write, hf_layout: ModuleType) -> None:
+    """compressed-tensors means by -1 that groups are in order."""
+
+    def change(layout: Any) -> None:
+        for name in [n for n in layout.tensors if n.endswith(".weight_shape")]:
+            columns = int(layout.tensors[name].data[1])
+            index = hf_layout.stored(np.full(columns, -1, np.int32))
+            layout.tensors[name.replace("weight_shape", "weight_g_idx")] = index
+
+    ours = from_hf(write_quantized("compressed-tensors", 64, change))
+    assert any("int4 group-64: int4 group-32, without loss" in note for note in ours.notes)
+
+
 def test_groups_in_another_order_are_kept(
     write_quantized: Write, expected: Callable[..., Any]
 ) -> None:

@@ -70,13 +70,13 @@ def put(place: tuple[int, int], value: Any) -> Callable[[np.ndarray], np.ndarray
 Int4Tensor = '{"_type": "Int4TilePackedTo4dTensor", "_data": {}}'
 UNSUPPORTED: dict[str, tuple[str, str, Callable[[Any], object]]] = {
     "an unknown method": ("gptq", "quant_method is 'hqq'", config_of(quant_method="hqq")),
-    "no method": ("gptq", "quant_method is 'None'", config_of(quant_method=None)),
+    "no method": ("gptq", "quant_method is missing", config_of(quant_method=None)),
     "a method that is none": ("gptq", "quant_method is", config_of(quant_method=["gptq"])),
     "GPTQ of 8 bits": ("gptq", "bits is 8", config_of(bits=8)),
     "GPTQ for Marlin": ("gptq", "checkpoint_format", config_of(checkpoint_format="marlin")),
     "GPTQ for Marlin, older": ("gptq", "is_marlin", config_of(is_marlin_format=True)),
     "AWQ of 3 bits": ("awq", "bits is 3", config_of(bits=3)),
-    "AWQ for gemv": ("awq", "version is gemv", config_of(version="gemv")),
+    "AWQ for gemv": ("awq", "version is 'gemv'", config_of(version="gemv")),
     "compressed in another way": (
         "compressed-tensors",
         "format is",
@@ -94,7 +94,7 @@ UNSUPPORTED: dict[str, tuple[str, str, Callable[[Any], object]]] = {
     ),
     "floats of 4 bits": (
         "compressed-tensors",
-        "weights.type is float",
+        "weights.type is 'float'",
         group_of("weights", type="float"),
     ),
     "8 bits": ("compressed-tensors", "num_bits is 8", group_of("weights", num_bits=8)),
@@ -107,7 +107,7 @@ UNSUPPORTED: dict[str, tuple[str, str, Callable[[Any], object]]] = {
     "packed for a GPU": ("torchao", "Int4TilePackedTo4dTensor", kind_of(Int4Tensor)),
     "torchao of 3 bits": (
         "torchao",
-        "of int3",
+        "of 'int3'",
         kind_of(
             '{"_type": "IntxUnpackedToInt8Tensor", "_data": {"target_dtype": {"_data": "int3"}}}'
         ),

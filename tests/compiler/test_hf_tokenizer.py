@@ -106,9 +106,9 @@ def swap_merges(fields: Fields) -> None:
 SPLIT = "pre_tokenizer.pretokenizers.0"
 REFUSED: dict[str, tuple[str, Callable[[Fields], object]]] = {
     "another model": ("its model is 'Unigram'", put("model.type", "Unigram")),
-    "SentencePiece's BPE": ("byte_fallback is 'True'", put("model.byte_fallback", True)),
+    "SentencePiece's BPE": ("byte_fallback is True", put("model.byte_fallback", True)),
     "an unknown token": ("unk_token is '<unk>'", put("model.unk_token", "<unk>")),
-    "dropout": ("dropout is '0.1'", put("model.dropout", 0.1)),
+    "dropout": ("dropout is 0", put("model.dropout", 0.1)),
     "a suffix": ("end_of_word_suffix", put("model.end_of_word_suffix", "</w>")),
     "merges of whole words": ("ignore_merges", put("model.ignore_merges", False)),
     "a normalizer": ("normalizer", put("normalizer", {"type": "NFC"})),
@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[str, Callable[[Fields], object]]] = {
     "no merges": ("no list", put("model.merges", None)),
     "no vocabulary": ("vocab is no object", put("model.vocab", [])),
     "no model": ("model is no object", put("model", None)),
-    "an id that is a text": ("has the id x", put("model.vocab.a", "x")),
+    "an id that is a text": ("has the id 'x'", put("model.vocab.a", "x")),
     "a gap": ("has the id 5000", put("model.vocab.a", 5000)),
     "an id of two": ("has the id 7", put("model.vocab.a", 7)),
     "a token without bytes": ("stands for no byte", put("model.vocab", {"\u4e00": 0})),
@@ -168,7 +168,7 @@ def test_garbage(content: bytes, convert: Convert) -> None:
     [
         ("eos_token_id", 7, "eos_token_id is 7"),
         ("eos_token_id", [1009, 2], "eos_token_id is 2"),
-        ("eos_token_id", ["x"], "eos_token_id is x"),
+        ("eos_token_id", ["x"], "eos_token_id is 'x'"),
         ("bos_token_id", 1, "bos_token_id is 1"),
     ],
 )

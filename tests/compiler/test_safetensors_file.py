@@ -111,9 +111,9 @@ DAMAGED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "a dtype of another size": ("takes 64 bytes", set_entry(dtype="F32")),
     "a dtype that is none": ("has the dtype", set_entry(dtype=["F32"])),
     "a shape": ("takes 24 bytes", set_entry(shape=[3, 8])),
-    "a shape that is none": ("has the shape", set_entry(shape="2")),
-    "a negative shape": ("has the shape", set_entry(shape=[-2, -8])),
-    "a shape of truth": ("has the shape", set_entry(shape=[True, 16])),
+    "a shape that is none": ("an impossible shape", set_entry(shape="2")),
+    "a negative shape": ("an impossible shape", set_entry(shape=[-2, -8])),
+    "a shape of truth": ("an impossible shape", set_entry(shape=[True, 16])),
     "a huge shape": ("takes", set_entry(shape=[1 << 39] * 4)),
     "offsets behind it": ("bytes behind it", set_entry(data_offsets=[1 << 30, (1 << 30) + 16])),
     "offsets in reverse": ("its offsets are", set_entry(data_offsets=[64, 48])),
@@ -124,7 +124,7 @@ DAMAGED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
         edit(lambda h: h.update(d=h["b.weight"])),
     ),
     "a gap": ("are 16 bytes apart", edit(lambda header: header.pop("b.weight"))),
-    "an entry that is none": ("has the dtype None", edit(lambda h: h.update(d=None))),
+    "an entry that is none": ("has the dtype missing", edit(lambda h: h.update(d=None))),
 }
 
 
