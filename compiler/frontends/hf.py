@@ -41,7 +41,7 @@ from llamac.compiler.frontends.hf_tensors import (
     TensorTable,
     interleaved_order,
 )
-from llamac.compiler.frontends.hf_tokenizer import check_ends, write_tokenizer
+from llamac.compiler.frontends.hf_tokenizer import chat_notes, check_ends, write_tokenizer
 from llamac.compiler.frontends.meta_params import Fields
 from llamac.compiler.frontends.safetensors_file import open_safetensors
 from llamac.compiler.frontends.tiktoken_form import check_tokenizer
@@ -207,6 +207,6 @@ def from_hf(
         quant=quant,
         weights=weights,
         tokenizer=tokenizer,
-        notes=(*notes, *conversion_notes(layers)),
+        notes=(*notes, *chat_notes(folder), *conversion_notes(layers)),
         shared_embedding=is_same(embedding, output),
     )

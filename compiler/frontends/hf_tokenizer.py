@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llamac.compiler.describe import CHAT_TOKENS
 from llamac.compiler.frontends.byte_level_bpe import (
     check_id,
     check_length,
@@ -23,7 +24,7 @@ from llamac.compiler.frontends.byte_level_bpe import (
     stop_ids,
     tiktoken_form,
 )
-from llamac.compiler.frontends.meta_params import shown
+from llamac.compiler.frontends.meta_params import read_object, shown
 from llamac.runtime.tokenizer import PATTERNS
 
 _LARGEST_FILE_BYTES = 64 << 20  # Llama 3's has 17 MB
@@ -78,6 +79,33 @@ def check_ends(ends: dict[str, tuple[Path, list[Any]]], first: int) -> None:
     for name, (file, ids) in ends.items():
         for found in ids:
             check_id(file, name, found, expected[name])
+
+
+def chat_notes(folder: Path) -> list[str]:
+    """What to know about conversations, which bundles always write as Llama 3 does.
+
+    Raises:
+        ParamsInvalid: `tokenizer_config.json` is no JSON object.
+    """
+    found = _chat_template(folder)
+    if found is None:
+        return [
+            "no chat template in the folder: conversations are written by Llama 3's, which a base "
+            "model does not know"
+        ]
+    if all(token in found for token in CHAT_TOKENS[1:]):  # the first may be added by the tokenizer
+        return []
+    return ["the folder's chat template is not Llama 3's, but conversations are written by that"]
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The folder's template, or all of several in one text."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text("utf-8", errors="replace")
+    path = folder / "tokenizer_config.json"
+    template = read_object(path).values.get("chat_template") if path.is_file() else None
+    return None if template is None else json.dumps(template)
 
 
 def _read(source: Path) -> dict[str, Any]:

@@ -194,3 +194,30 @@ def test_a_tokenizer_of_the_user(tiny_float: Checkpoint, write_hf: Callable[...,
     path = write_hf(tiny_float)
     (path / "tokenizer.json").write_text("{}")
     assert from_hf(path, tokenizer=tiny_float.tokenizer).tokenizer == tiny_float.tokenizer
+
+
+LLAMA_3 = "{{ '<|start_header_id|>' + role + '<|end_header_id|>' + text + '<|eot_id|>' }}"
+TEMPLATES: dict[str, tuple[str | None, dict[str, str]]] = {
+    "none": ("no chat template", {}),
+    "no field": ("no chat template", {"tokenizer_config.json": "{}"}),
+    "Llama 3's": (None, {"tokenizer_config.json": json.dumps({"chat_template": LLAMA_3})}),
+    "a list": (
+        None,
+        {"tokenizer_config.json": json.dumps({"chat_template": [{"template": LLAMA_3}]})},
+    ),
+    "a file": (None, {"chat_template.jinja": LLAMA_3}),
+    "another": ("is not Llama 3's", {"chat_template.jinja": "<|im_start|>{{ role }}"}),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates_are_noted(
+    name: str, tiny_float: Checkpoint, write_hf: Callable[..., Path]
+) -> None:
+    expected, files = TEMPLATES[name]
+    path = write_hf(tiny_float)
+    for file, content in files.items():
+        (path / file).write_text(content)
+    found = [note for note in from_hf(path).notes if "chat template" in note]
+    assert len(found) == (expected is not None)
+    assert expected is None or expected in found[0]

@@ -91,3 +91,16 @@ def test_quantized_folders(
     assert verify_bundle(bundle, model).passed
     kernels = json.loads((bundle / "program.json").read_text())["kernels"]
     assert not any("_signed_" in kernel["name"] for kernel in kernels)
+
+
+def test_a_missing_file_is_an_error_with_advice(
+    layouts: ModuleType, floats: Checkpoint, llamac: Llamac, tmp_path: Path
+) -> None:
+    model = layouts.make_layout(floats).write(tmp_path / "model", shards=2)
+    (model / "model-00002-of-00002.safetensors").unlink()
+    out = tmp_path / "out"
+    printed = llamac("compile", model, "--target", "host", "-o", out, code=1).stderr
+    assert "error[checkpoint-missing]" in printed
+    assert "model-00002-of-00002.safetensors" in printed
+    assert "fix: Fetch this file as well." in printed
+    assert not out.exists()
