@@ -116,7 +116,7 @@ class _Model:
             return embedding, self.matrix(_OUTPUT, shape)
         if f"{_OUTPUT}.weight" in self.table:
             output = self.matrix(_OUTPUT, shape)
-            if not is_same(embedding, output):
+            if not _is_same(embedding, output):
                 raise TensorInvalid(
                     f"{self.table.files.path}: lm_head.weight is not model.embed_tokens.weight, "
                     "though tie_word_embeddings is true.",
@@ -127,13 +127,19 @@ class _Model:
         return embedding, embedding
 
 
-def is_same(first: Stored, last: Stored) -> bool:
+def _is_same(first: Stored, last: Stored) -> bool:
     """Whether embedding and output are one tensor, or equal ones of floats."""
     if first is last:
         return True
     if not isinstance(first, FloatWeights) or not isinstance(last, FloatWeights):
         return False
     return first.type == last.type and same_values(first.tensor.data, last.tensor.data)
+
+
+def _has_wide_scales(layer: Layer) -> bool:
+    """Whether a layer keeps codes whose scales have more bits than a bundle stores."""
+    stored = layer.stored
+    return layer.form.is_int4 and isinstance(stored, PackedWeights) and stored.scale_dtype == "F32"
 
 
 def _model_name(folder: Path) -> str:
@@ -199,6 +205,8 @@ def from_hf(
     if quant.form != "float":
         rule = quant.activation_rule
         notes.append(f"inputs of int4 layers become int8 per token, by the rule {rule}")
+        if any(_has_wide_scales(layer) for layer in layers):
+            notes.append("float32 scales are rounded to the dtype of --scales when they are packed")
     if is_tied:
         notes.append("the embedding is the output layer, too (tied)")
     return Checkpoint(
@@ -208,5 +216,5 @@ def from_hf(
         weights=weights,
         tokenizer=tokenizer,
         notes=(*notes, *chat_notes(folder), *conversion_notes(layers)),
-        shared_embedding=is_same(embedding, output),
+        shared_embedding=_is_same(embedding, output),
     )

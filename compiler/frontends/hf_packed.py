@@ -75,9 +75,14 @@ class PackedWeights(ABC):
         num_groups: G.
         order: of the rows.
         columns: group of each column, int32 [K]; None for groups of equal size in order.
+
+    Attributes:
+        bits_per_code: 4, or 8 of torchao.
+        scale_dtype: the format's name of it.
     """
 
     bits_per_code = 4
+    scale_dtype: str
 
     def __init__(
         self,
@@ -173,6 +178,7 @@ class GptqWeights(PackedWeights):
     def __init__(self, tensors: tuple[SafeTensor, ...], version: int, *args: Any) -> None:
         super().__init__(*args)
         self._codes, self._zeros, self._scales = tensors
+        self.scale_dtype = self._scales.dtype
         self._less = 1 if version == 1 else 0
         if self._less and (_words(self._zeros)[..., None] >> _SHIFTS & 15 == 15).any():
             raise ValuesInvalid(
@@ -201,6 +207,7 @@ class AwqWeights(PackedWeights):
     def __init__(self, tensors: tuple[SafeTensor, ...], *args: Any) -> None:
         super().__init__(*args)
         self._codes, self._zeros, self._scales = tensors
+        self.scale_dtype = self._scales.dtype
 
     def codes(self, rows: Indices) -> Int8:
         """Codes, [n, K]."""
@@ -223,6 +230,7 @@ class CompressedWeights(PackedWeights):
     ) -> None:
         super().__init__(*args)
         self._codes, self._scales = tensors
+        self.scale_dtype = self._scales.dtype
         self._zeros = zeros
 
     def codes(self, rows: Indices) -> Int8:
@@ -247,6 +255,7 @@ class TorchaoWeights(PackedWeights):
         super().__init__(*args)
         self.bits_per_code = bits
         self._codes, self._scales, self._zeros = tensors
+        self.scale_dtype = self._scales.dtype
 
     def codes(self, rows: Indices) -> Int8:
         """Codes, [n, K]."""

@@ -72,6 +72,7 @@ def test_symmetric_int4_is_kept(
     assert all("int4" in note and note.endswith("without loss") for note in notes)
     assert sum(int(note.split()[0]) for note in notes) == 28
     assert any("become int8 per token" in note for note in ours.notes)
+    assert not any("float32 scales" in note for note in ours.notes)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -284,6 +285,7 @@ def test_torchao_decodes_its_own_tensors(
     model.save_pretrained(saved)
     ours = from_hf(saved, tokenizer=tiny_float.tokenizer)
     assert ours.quant.form == "ptq"
+    assert any("float32 scales are rounded" in note for note in ours.notes)
     for layer in range(4):
         for part, module in (("wv", "v_proj"), ("wo", "o_proj")):
             tensor = getattr(model.model.layers[layer].self_attn, module).weight
