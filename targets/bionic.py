@@ -55,6 +55,7 @@ SYMBOLS = {
         "memcpy": 21,
         "memmove": 21,
         "memset": 21,
+        "mkdir": 21,
         "mkstemp": 21,
         "mmap": 21,
         "munmap": 21,

@@ -56,6 +56,7 @@ _Static_assert(sizeof(cpu_set_t) == 128 && CPU_SETSIZE == 1024, "cpu_set_t");
 _Static_assert(sizeof(struct stat) == 128, "struct stat");
 _Static_assert(offsetof(struct stat, st_mode) == 16, "st_mode");
 _Static_assert(offsetof(struct stat, st_size) == 48, "st_size");
+_Static_assert(sizeof(mode_t) == 4, "mode_t");
 _Static_assert(sizeof(struct timespec) == 16 && CLOCK_MONOTONIC == 1, "struct timespec");
 
 #endif /* LLAMAC_BIONIC_H */

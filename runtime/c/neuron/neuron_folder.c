@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #define CACHE_VARIABLE "LLAMAC_CACHE"
 #define LOG_VARIABLE "LLAMAC_NEURON_LOG"
@@ -17,8 +18,12 @@ static void show(const llamac_neuron_graphs *graphs, const llamac_neuron_graph *
                  uint32_t count) {
   const char *wanted = getenv(LOG_VARIABLE);
   if (wanted == NULL || strcmp(wanted, "1") != 0) return;
-  for (uint32_t i = 0; i < count; i++)
-    fprintf(stderr, "neuron: %s: %s\n", tables[i].name, llamac_neuron_origin(graphs, i));
+  for (uint32_t i = 0; i < count; i++) {
+    char line[320];
+    int length = snprintf(line, sizeof line, "neuron: %.80s: %.200s\n", tables[i].name,
+                          llamac_neuron_origin(graphs, i));
+    if (write(STDERR_FILENO, line, (size_t)length) < 0) return; /* a log is no reason to fail */
+  }
 }
 
 llamac_status llamac_neuron_open_beside(const llamac_neuron_graph *graphs, uint32_t count,
