@@ -29,8 +29,8 @@ class AppendShape:
 
     Attributes:
         tokens: T.
-        cache: float16, or int8 codes with one scale for all.
-        k_codes, v_codes: of int8 keys and values.
+        cache: float16, or int8 or int16 codes with one scale for all.
+        k_codes, v_codes: of keys and values that are codes.
     """
 
     tokens: int
@@ -41,9 +41,11 @@ class AppendShape:
 
 def valid(shape: AppendShape, isa: Isa, knobs: Mapping[str, int]) -> bool:
     """Whether the cache holds what graphs compute."""
-    needs_codes = shape.cache.dtype == "int8"
-    has_codes = shape.k_codes is not None and shape.v_codes is not None
-    return shape.cache.is_valid and needs_codes == has_codes and not knobs
+    codes = [c.dtype for c in (shape.k_codes, shape.v_codes) if c is not None]
+    dtype = shape.cache.dtype
+    expected = [] if dtype == "float16" else [dtype] * 2
+    is_known = dtype in ("float16", "int8", "int16") and not shape.cache.hvx
+    return shape.cache.is_whole and is_known and codes == expected and not knobs
 
 
 def default(shape: AppendShape, isa: Isa) -> dict[str, int]:
@@ -57,7 +59,7 @@ def make(shape: AppendShape, isa: Isa, *, name: str | None = None) -> PrimFunc:
     Arguments of the kernel: k_new and v_new [Hkv, T, D] in the dtype of the cache, meta i32 [2]
     (position of token 0), and the cache tensors, which are written in place. There are no outputs.
     Of an int8 cache the scale and zero point of each new row are written too, so that the kernels
-    of a CPU can read it.
+    of a CPU can read it. Nobody but graphs reads an int16 cache.
     """
     cache, tokens = shape.cache, shape.tokens
     new = (cache.kv_heads, tokens, cache.head_dim)
@@ -68,7 +70,7 @@ def make(shape: AppendShape, isa: Isa, *, name: str | None = None) -> PrimFunc:
         tensors = CacheTensors(b, cache)
         with b.items() as head:
             first = opaque(T.Cast("int64", meta[0]))
-            if shape.k_codes is not None:
+            if cache.has_params:
                 with loop(tokens) as token:
                     _params(tensors, shape, head, T.Bind(first + token))
             with loop(tokens) as token, loop(cache.head_dim) as d:

@@ -44,7 +44,7 @@ class CacheShape:
         kv_heads: key/value heads.
         head_dim: 8, 16, 32, 64 or 128.
         capacity: positions, a multiple of 16.
-        dtype: "float16" or "int8".
+        dtype: "float16" or "int8"; "int16" for graphs alone, see `append.py`.
         hvx: keys are float16 in blocks of 64 positions, p and p + 32 in one word.
     """
 
@@ -65,18 +65,24 @@ class CacheShape:
         return inner % HVX_HALF * 2 + inner // HVX_HALF if self.hvx else inner
 
     @property
+    def is_whole(self) -> bool:
+        """Whether rows are cut into whole vectors, and keys into whole blocks."""
+        return self.head_dim in {8, 16, 32, 64, 128} and self.capacity % self.block == 0
+
+    @property
     def is_valid(self) -> bool:
-        """Whether kernels can be made for it."""
-        return (
-            self.head_dim in {8, 16, 32, 64, 128}
-            and self.capacity % self.block == 0
-            and self.dtype in ({"float16"} if self.hvx else {"float16", "int8"})
-        )
+        """Whether kernels can be made that read it."""
+        return self.is_whole and self.dtype in ({"float16"} if self.hvx else {"float16", "int8"})
+
+    @property
+    def has_params(self) -> bool:
+        """Whether each row has a scale and a zero point."""
+        return self.dtype == "int8"
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Its tensors, in the order of kernels' operands."""
-        scales = ("k_params", "v_params") if self.dtype == "int8" else ()
+        scales = ("k_params", "v_params") if self.has_params else ()
         return ("k_cache", "v_cache", *scales)
 
     @property
@@ -101,7 +107,7 @@ class CacheTensors:
     def __init__(self, b: KernelBuilder, shape: CacheShape) -> None:
         self.k = b.input("k_cache", shape.k_shape, shape.dtype)
         self.v = b.input("v_cache", shape.v_shape, shape.dtype)
-        if shape.dtype == "int8":
+        if shape.has_params:
             self.k_params = b.input("k_params", shape.params_shape, "float32")
             self.v_params = b.input("v_params", shape.params_shape, "float32")
 

@@ -21,6 +21,7 @@ DTYPE_BYTES = {
     "int32": 4,
     "float16": 2,
     "bfloat16": 2,
+    "int16": 2,
     "uint16": 2,
     "int8": 1,
     "uint8": 1,

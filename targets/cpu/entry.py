@@ -13,6 +13,7 @@ from llamac.targets.program import SPACES, Program, ProgramTensor
 # DLPack's dtype codes; bfloat16 travels as its uint16 bits.
 DTYPES = {
     "int8": (0, 8),
+    "int16": (0, 16),
     "int32": (0, 32),
     "uint8": (1, 8),
     "uint16": (1, 16),

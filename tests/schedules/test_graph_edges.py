@@ -105,6 +105,42 @@ def test_append_codes(isa, run_kernel, tokens, first):
 
 
 @pytest.mark.parametrize(("tokens", "first"), [(1, 31), (7, 12), (16, 48)])
+def test_append_int16(isa, run_kernel, tokens, first):
+    """Codes as they are; rows have no scales, and no kernel of a CPU takes the cache."""
+    cache = CacheShape(2, 32, 64, "int16")
+    sides = Quantization("int16", 0.03), Quantization("int16", 0.5)
+    k_new, v_new = RNG(2).integers(-(2**15), 2**15, (2, 2, tokens, 32)).astype(np.int16)
+    k, v = np.full(cache.k_shape, 7, np.int16), np.full(cache.v_shape, 7, np.int16)
+    meta = np.array([first, tokens - 1], np.int32)
+    shape = AppendShape(tokens, cache, *sides)
+    assert append.valid(shape, isa, {}) and not cache.is_valid
+    run_kernel(append.make(shape, isa), isa, k_new, v_new, meta, k, v)
+    here = slice(first, first + tokens)
+    keys = k.transpose(0, 1, 3, 2).reshape(2, 64, 32)
+    for side, new in ((keys, k_new), (v, v_new)):
+        assert np.array_equal(side[:, here], new)
+        assert np.all(np.delete(side, here, axis=1) == 7)
+
+
+CODES = {dtype: Quantization(dtype, 0.1) for dtype in ("int8", "int16")}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sides"),
+    [
+        ("float16", [CODES["int8"]] * 2),
+        ("int8", []),
+        ("int8", [CODES["int16"]] * 2),
+        ("int16", [CODES["int16"]]),
+        ("int16", [CODES["int16"], CODES["int8"]]),
+        ("float32", []),
+    ],
+)
+def test_append_wants_the_codes_of_its_cache(isa, dtype, sides):
+    assert not append.valid(AppendShape(1, CacheShape(2, 32, 64, dtype), *sides), isa, {})
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(1, 31), (7, 12), (16, 48)])
 def test_append(isa, run_kernel, tokens, first):
     """New rows, in blocks of keys and in rows of values; nothing else changes."""
     cache = CacheShape(2, 32, 64)
