@@ -15,9 +15,6 @@ from llamac.targets.soc import SoC
 
 GROUP = "llamac.targets"
 
-PLANNED = frozenset({"neuropilot"})
-"""Plug-ins that SoC files name and that a later version of llamac brings."""
-
 
 def target_names() -> tuple[str, ...]:
     """Return the names of all installed plug-ins, sorted; nothing is imported."""
@@ -110,13 +107,9 @@ def _refused(entry: EntryPoint, cause: str) -> TargetUnknown:
 
 def _not_installed(name: str) -> TargetUnknown:
     installed = target_names()
-    if name in PLANNED:
-        cause = f"this version of llamac does not bring {name} yet"
-        fix = "choose another SoC or another of its processors (`llamac targets`)"
-    else:
-        near = difflib.get_close_matches(name, installed, n=1)
-        cause = f"no installed package has an entry point {name!r} in the group {GROUP}"
-        fix = f"did you mean {near[0]}?" if near else "install the package that brings it"
+    near = difflib.get_close_matches(name, installed, n=1)
+    cause = f"no installed package has an entry point {name!r} in the group {GROUP}"
+    fix = f"did you mean {near[0]}?" if near else "install the package that brings it"
     listed = ", ".join(installed) or "none"
     return TargetUnknown(
         f"no plug-in {name!r} is installed (there are: {listed})", cause=cause, fix=fix

@@ -13,7 +13,7 @@ from typing import Any
 from llamac.compiler.config import LLAMA_3_2_1B, LLAMA_3_2_3B, LlamaConfig
 from llamac.runtime.errors import SocInvalid, TargetUnknown
 from llamac.targets.base import Missing, Scheme
-from llamac.targets.registry import PLANNED, distribution_of, load_target, target_names
+from llamac.targets.registry import distribution_of, load_target, target_names
 from llamac.targets.soc import Cluster, Processor, SoC, load_soc, soc_files
 from llamac.tools.console import Row
 
@@ -57,7 +57,7 @@ class PluginState:
     Attributes:
         kind: of the processor.
         plugin: its name.
-        state: "ready", "lacks tools", "broken", "not in this version" or "not installed".
+        state: "ready", "lacks tools", "broken" or "not installed".
         origin: the distribution that brings it, if it is installed.
         cause: why it is broken.
         missing: what it lacks to compile.
@@ -86,8 +86,7 @@ def plugin_state(soc: SoC, processor: Processor) -> PluginState:
     """Load the plug-in of one processor and ask it what it lacks."""
     kind, plugin = processor.kind, processor.plugin
     if plugin not in target_names():
-        state = "not in this version" if plugin in PLANNED else "not installed"
-        return PluginState(kind, plugin, state)
+        return PluginState(kind, plugin, "not installed")
     origin = distribution_of(plugin)
     try:
         target = load_target(plugin)(soc)

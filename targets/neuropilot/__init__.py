@@ -6,5 +6,5 @@
                                   tflite_file.py
 
 Nothing here compiles for an APU: that needs MediaTek's SDK, or a phone. The format and the
-interpreter come from the optional extra `llamac[neuropilot]`.
+interpreter come from the optional extra `llamac[apu]`.
 """

@@ -70,7 +70,7 @@ def find_litert() -> None:
         raise ToolchainMissing(
             "the Python package ai-edge-litert is not installed",
             cause="the format of .tflite files and their interpreter come with it (Apache-2.0)",
-            fix="pip install 'llamac[neuropilot]'",
+            fix="pip install 'llamac[apu]'",
         )
 
 

@@ -96,7 +96,7 @@ def _schema() -> ModuleType:
         raise ToolchainMissing(
             "the Python package ai-edge-litert is not installed",
             cause="it knows the format of .tflite files",
-            fix="pip install 'llamac[neuropilot]'",
+            fix="pip install 'llamac[apu]'",
         ) from error
     module: ModuleType = schema_py_generated
     return module

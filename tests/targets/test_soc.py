@@ -19,7 +19,7 @@ from llamac.runtime.errors import SocInvalid, SocUnknown, ToolchainMissing
 from llamac.schedules.intrin.arm_levels import ARM_LEVELS
 from llamac.schedules.intrin.x86 import X86_LEVELS
 from llamac.targets.arm_cpu import ArmCpu
-from llamac.targets.registry import PLANNED, load_target, make_target, target_names
+from llamac.targets.registry import load_target, make_target, target_names
 from llamac.targets.soc import FEATURES, SoC, cpu_tvm_target, load_soc, soc_files
 from llamac.targets.x86_cpu import X86Cpu
 
@@ -81,10 +81,10 @@ def test_the_socs_of_the_issue_are_there() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_our_files_are_valid(name: str) -> None:
-    """Each file loads; its plug-ins exist or are planned; the CPU comes last and serves all."""
+    """Each file loads; its plug-ins exist; the CPU comes last and serves all."""
     soc = load_soc(name)
     assert soc.name == name
-    assert {p.plugin for p in soc.processors} <= {*target_names(), *PLANNED, "x86-cpu"}
+    assert {p.plugin for p in soc.processors} <= {*target_names(), "x86-cpu"}
     assert soc.processors[-1].kind == "cpu"
     clocks = [cluster.max_ghz for cluster in soc.clusters if cluster.max_ghz]
     assert clocks == sorted(clocks, reverse=True)

@@ -46,7 +46,7 @@ def test_one_soc_says_where_figures_are_from(capsys: pytest.CaptureFixture[str])
     assert main(["targets", "mt6991"]) == 0
     text = capsys.readouterr().out
     for words in (
-        "neuropilot, not in this version",
+        "neuropilot from llamac",
         "cortex-x925",
         "(knowledge, not verified",
         "NeuroPilot",

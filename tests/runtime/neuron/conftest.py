@@ -25,7 +25,7 @@ HARNESS_SOURCES = [
     SUPPORT / "error.c",
 ]
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
-NEEDED = "optional extra: pip install 'llamac[neuropilot]'"
+NEEDED = "optional extra: pip install 'llamac[apu]'"
 VARIABLE = "LLAMAC_NEURON_LIBRARIES"
 DTYPES = {"int16": "0 16", "float32": "2 32"}
 

@@ -306,7 +306,9 @@ def test_it_links_for_android(
     toolchain = find_toolchain()
     if not toolchain.is_zig:
         pytest.skip("missing program: ziglang")
-    functions = "llamac_neuron_open_beside, llamac_neuron_call, llamac_neuron_close, llamac_neuron_origin"
+    functions = (
+        "llamac_neuron_open_beside, llamac_neuron_call, llamac_neuron_close, llamac_neuron_origin"
+    )
     (tmp_path / "entry.c").write_text(
         f'#include "neuron/neuron.h"\nLLAMAC_API const void *const functions[] = {{{functions}}};\n'
     )

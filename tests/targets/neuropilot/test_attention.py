@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("ai_edge_litert", reason="optional extra: pip install 'llamac[neuropilot]'")
+pytest.importorskip("ai_edge_litert", reason="optional extra: pip install 'llamac[apu]'")
 
 from llamac.compiler import reference
 from llamac.targets.neuropilot.attention import Attention, Positions

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-pytest.importorskip("ai_edge_litert", reason="optional extra: pip install 'llamac[neuropilot]'")
+pytest.importorskip("ai_edge_litert", reason="optional extra: pip install 'llamac[apu]'")
 
 from llamac.compiler.calibration import calibrate
 from llamac.compiler.frontends.meta import from_meta

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-pytest.importorskip("ai_edge_litert", reason="optional extra: pip install 'llamac[neuropilot]'")
+pytest.importorskip("ai_edge_litert", reason="optional extra: pip install 'llamac[apu]'")
 
 from llamac.runtime.errors import DeviceError, UsageError
 from llamac.targets.neuropilot.emitter import QuantizedInterface, write_chunk

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("ai_edge_litert", reason="optional extra: pip install 'llamac[neuropilot]'")
+pytest.importorskip("ai_edge_litert", reason="optional extra: pip install 'llamac[apu]'")
 
 from ai_edge_litert import schema_py_generated as schema
 

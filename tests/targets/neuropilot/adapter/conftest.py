@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-NEEDED = "optional extra: pip install 'llamac[neuropilot]'"
+NEEDED = "optional extra: pip install 'llamac[apu]'"
 
 
 def _load(name: str) -> ModuleType:
