@@ -19,10 +19,15 @@ MOST_GRAPH_MEGABYTES = 100
 
 if TYPE_CHECKING:
     from llamac.compiler.verify import OpenModel
+    from llamac.runtime.graph_entry import GraphEntry
 
 
 def opener(
-    target: Target, folder: Path, artifacts: Sequence[Artifact], weights: str
+    target: Target,
+    folder: Path,
+    artifacts: Sequence[Artifact],
+    weights: str,
+    graphs: Sequence[GraphEntry] = (),
 ) -> tuple[OpenModel | None, str]:
     """Return how to open what was built, and where it runs; None and why it cannot run here.
 
@@ -35,10 +40,17 @@ def opener(
         folder: of the bundle.
         artifacts: what was built.
         weights: name of the weights.
+        graphs: that the model calls.
     """
     emulation = built_emulation(folder, artifacts)
     if emulation is not None:
-        return _emulation_opener(folder, artifacts, emulation, folder / weights)
+        if too_large := _too_large(folder, artifacts):
+            open_model, where = None, too_large
+        else:
+            stand_in = find_stand_in(graphs)
+            where = stand_in.description
+            open_model = partial(stand_in.open_library, emulation, folder / weights)
+        return open_model, where
     if target.arch == system.machine():
         fits = (None, system.c_library())
         for library in artifacts:
@@ -61,16 +73,13 @@ def opener(
     )
 
 
-def _emulation_opener(
-    folder: Path, artifacts: Sequence[Artifact], library: Path, weights: Path
-) -> tuple[OpenModel | None, str]:
-    """How to open what has graphs: here, unless they are too large to execute them in minutes."""
+def _too_large(folder: Path, artifacts: Sequence[Artifact]) -> str:
+    """Why graphs are not executed while they are compiled; "" if they are, it takes minutes."""
     graphs = (folder / artifact.path for artifact in artifacts if artifact.role == GRAPH_ROLE)
     megabytes = sum(path.stat().st_size for path in graphs) // 1_000_000
-    if megabytes > MOST_GRAPH_MEGABYTES:
-        return None, (
-            f"a token through {megabytes} MB of graphs takes minutes on Qualcomm's library for "
-            "x86-64; verify with time: llamac verify BUNDLE MODEL --emulate"
-        )
-    stand_in = find_stand_in()
-    return partial(stand_in.open_library, library, weights), stand_in.description
+    if megabytes <= MOST_GRAPH_MEGABYTES:
+        return ""
+    return (
+        f"a token through {megabytes} MB of graphs takes minutes where they are emulated; "
+        "verify with time: llamac verify BUNDLE MODEL --emulate"
+    )

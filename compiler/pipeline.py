@@ -267,7 +267,9 @@ def _verify(
     if not model.config.verify:
         return Verification(status="skipped")
     with progress.stage("verify") as stage:
-        open_model, where = opener(model.placed.target, folder, artifacts, WEIGHTS)
+        offloaded = model.offloaded.graphs
+        graphs = offloaded.graphs if offloaded else ()
+        open_model, where = opener(model.placed.target, folder, artifacts, WEIGHTS, graphs)
         if open_model is None:
             return Verification(status="skipped", where=where)
         report = verify_library(

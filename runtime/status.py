@@ -52,8 +52,8 @@ _STATUS: dict[int, tuple[type[LlamacError], str, str]] = {
     9: (
         AcceleratorError,
         "the libraries of the NPU, or the binaries for it, are missing, do not fit, or failed",
-        "give the folder of libraries that fit in LLAMAC_QNN_LIBRARIES, or compile the model again "
-        "with --processors cpu",
+        "give the folder of libraries that fit in LLAMAC_QNN_LIBRARIES or LLAMAC_NEURON_LIBRARIES, "
+        "or compile the model again with --processors cpu",
     ),
 }
 

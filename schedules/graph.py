@@ -72,10 +72,12 @@ class NeuronGraph:
     Attributes:
         soc: "mt6991", for the names of compiled networks.
         network_sha256: of what follows the header of the file, as the header has it.
+        tflite: path in the bundle of the same graph as .tflite, which is executed in emulation.
     """
 
     soc: str
     network_sha256: str
+    tflite: str
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,22 @@
 """A library with which a computer stands in for a phone: its CPU's part in code for x86-64.
 
-The vendor's library that executes graphs here exists for x86-64 only. So a bundle with graphs
-carries its kernels a second time, compiled for x86-64 over the same packed weights, and the same
-C support library that calls the graphs. `--emulate` loads it.
+What executes graphs here, a vendor's library or an interpreter, runs on x86-64. So a bundle with
+graphs carries its kernels a second time, compiled for x86-64 over the same packed weights, and the
+same C support library. Graphs for an HTP are called as on a phone, those for an APU are handed to
+the process (`runtime/c/hosted`). `--emulate` loads it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llamac.targets.base import Artifact, Identity, Lowered, Progress
-
-if TYPE_CHECKING:
-    pass
 
 ROLE = "emulation"
 ARCH = "x86_64"
 LIBRARY = Path("lib/emulation/libmodel.so")
 TARGET = "x86_64-linux-gnu.2.28"
-NOTE = "for x86-64 Linux, so that `--emulate` can run the bundle beside Qualcomm's library for x86"
+NOTE = "for x86-64 Linux, so that `--emulate` can run the bundle with what executes its graphs here"
 
 
 def build_emulation(
@@ -45,13 +42,15 @@ def build_emulation(
     level = Level(isa.name, isa.features)
     objects = compile_levels(lowered, [(isa, level)], work, progress)
     entry = work / "entry.c"
-    source = entry_source(lowered.program, identity, [level], "LLAMAC_X86_", isa.alignment)
+    source = entry_source(
+        lowered.program, identity, [level], "LLAMAC_X86_", isa.alignment, is_emulation=True
+    )
     entry.write_text(source, encoding="ascii")
     library = out / LIBRARY
     library.parent.mkdir(parents=True)
     link_shared(
         find_toolchain(),
-        sources=support_sources(entry, lowered.program),
+        sources=support_sources(entry, lowered.program, is_emulation=True),
         objects=objects,
         include_dirs=[RUNTIME_SOURCES],
         out=library,

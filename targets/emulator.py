@@ -251,7 +251,7 @@ def emulator_for(bundle: Path, cpu: str | None = None) -> Emulator | StandIn:
                 cause="its CPU is not emulated: code for this machine stands in for it",
                 fix="leave out --cpu",
             )
-        return find_stand_in()
+        return find_stand_in(graphs)
     return find_emulator(cpu, arch if arch in ARCHITECTURES else AARCH64.name)
 
 

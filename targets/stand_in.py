@@ -1,44 +1,39 @@
-"""This computer in place of a phone with an HTP: its kernels and Qualcomm's library for x86-64.
+"""This computer in place of a phone with an NPU: its kernels, and what executes its graphs here.
 
-    with load(bundle, machine=find_stand_in()) as model: ...
+    with load(bundle, machine=find_stand_in(read_manifest(bundle).graphs)) as model: ...
 
 The bundle's library for emulation (`emulation_library.py`) runs in this process and calls the
-graphs. What Qualcomm's library computes is what the SoC would, as far as Qualcomm models it; speeds
-say nothing about a device.
+graphs. Who executes these depends on their form: `qnn_htp/stand_in.py`, `neuropilot/stand_in.py`.
+Speeds say nothing about a device.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llamac.runtime import system
-from llamac.runtime.backend import BackendModel
 from llamac.runtime.checks import check_abi, file_of_role
 from llamac.runtime.errors import CpuUnsupported, UsageError
-from llamac.runtime.library import open_library
-from llamac.runtime.manifest import Manifest
-from llamac.targets.base import Artifact
+from llamac.runtime.graph_entry import QNN_CONTEXT
 from llamac.targets.emulation_library import ARCH, ROLE
 
-VARIABLE = "LLAMAC_QNN_LIBRARIES"
+if TYPE_CHECKING:
+    from llamac.runtime.backend import BackendModel
+    from llamac.runtime.graph_entry import GraphEntry
+    from llamac.runtime.manifest import Manifest
+    from llamac.targets.base import Artifact
 
 
-@dataclass(frozen=True)
-class StandIn:
-    """Where Qualcomm's libraries for this computer are, and their version for people."""
-
-    libraries: Path
-    version: str
+class StandIn(ABC):
+    """What executes graphs of one form here."""
 
     @property
+    @abstractmethod
     def description(self) -> str:
         """What it is, for people."""
-        return f"x86-64 kernels and Qualcomm's HTP library for x86-64 ({self.version})"
 
     def check(self, bundle: Path, manifest: Manifest) -> None:
         """Check that the bundle has a library for emulation, and that it fits this machine.
@@ -53,7 +48,7 @@ class StandIn:
         if here != (ARCH, "linux"):
             raise CpuUnsupported(
                 f"graphs are emulated on {ARCH} linux, this machine is {' '.join(here)}",
-                cause="Qualcomm's library that executes them here exists for no other system",
+                cause="what a bundle carries for emulation is made for no other system",
                 fix="run the bundle on its phone, or emulate it on an x86-64 computer",
             )
         emulation_library(bundle, manifest)
@@ -70,44 +65,27 @@ class StandIn:
             emulation_library(bundle, manifest), bundle / manifest.file("weights")
         )
 
+    @abstractmethod
     def open_library(self, library: Path, weights: Path, level: str | None = None) -> BackendModel:
         """Load a library for emulation; `level` must be None.
 
         Raises:
-            AcceleratorError: Qualcomm's library refuses a graph.
+            AcceleratorError: a graph is refused.
         """
-        # The C library reads it when it opens graphs; a folder that the user names comes first.
-        os.environ.setdefault(VARIABLE, os.fspath(self.libraries))
-        with _without_output():  # Qualcomm's library prints a line when it is loaded
-            return open_library(library, weights, level)
 
 
-@contextmanager
-def _without_output() -> Iterator[None]:
-    """Drop what C code writes to standard output, which is for the model's text."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-def find_stand_in() -> StandIn:
-    """Find Qualcomm's libraries: the folder in $LLAMAC_QNN_LIBRARIES, else those of the extra.
+def find_stand_in(graphs: Sequence[GraphEntry]) -> StandIn:
+    """Find what executes these graphs here.
 
     Raises:
-        ToolchainMissing: the extra is not installed.
+        ToolchainMissing: the optional extra for it is not installed.
     """
-    from llamac.targets.qnn_htp.toolchain import VERSION, find_qnn  # noqa: PLC0415
+    # Late: each loads its vendor's part only.
+    from llamac.targets.neuropilot import stand_in as apu  # noqa: PLC0415
+    from llamac.targets.qnn_htp import stand_in as htp  # noqa: PLC0415
 
-    named = os.environ.get(VARIABLE)
-    if named:
-        return StandIn(Path(named), f"of ${VARIABLE}")
-    return StandIn(find_qnn().folder, f"onnxruntime-qnn {VERSION}")
+    is_htp = any(graph.form == QNN_CONTEXT for graph in graphs)
+    return htp.find_stand_in() if is_htp else apu.find_stand_in()
 
 
 def emulation_library(bundle: Path, manifest: Manifest) -> Path:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--emulate",
         action="store_true",
         help="run a bundle for AArch64 under qemu-aarch64, one for Hexagon under qemu-hexagon, one "
-        "with graphs on Qualcomm's library for x86-64",
+        "with graphs on what executes these here",
     )
     parser.add_argument(
         "--cpu",

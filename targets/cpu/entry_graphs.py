@@ -1,11 +1,11 @@
-"""The part of entry.c that calls graphs (`runtime/c/qnn`, `runtime/c/neuron`); nothing without."""
+"""The part of entry.c that calls graphs (`runtime/c/qnn`, `neuron`, `hosted`); nothing without."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llamac.schedules.graph import GraphShape, NeuronGraph, QnnGraph
+from llamac.schedules.graph import GraphShape, QnnGraph
 from llamac.targets.cpu.entry_text import c_table, c_text
 
 _FUNCTIONS = """\
@@ -66,17 +66,33 @@ NEURON = Runner(
     close="llamac_neuron_close",
     call="llamac_neuron_call",
 )
+HOSTED = Runner(
+    folder="hosted",
+    graph="llamac_hosted_graph",
+    tensor="llamac_hosted_tensor",
+    opened="llamac_hosted_graphs",
+    open="llamac_hosted_open",
+    close="llamac_hosted_close",
+    call="llamac_hosted_call",
+)
 
 
-def runner_of(graphs: Sequence[GraphShape]) -> Runner | None:
-    """What executes the graphs on their device; None without graphs.
+def runner_of(graphs: Sequence[GraphShape], *, is_emulation: bool = False) -> Runner | None:
+    """What executes the graphs; None without graphs.
 
     An accelerator makes all graphs of a program, so that they are of one vendor.
+
+    Args:
+        graphs: of the program.
+        is_emulation: not on their device, but on a computer that stands in for it. Qualcomm's
+            library is the same C code there; for MediaTek's adapter there is an interpreter.
     """
     if not graphs:
         return None
     [kind] = {type(graph.vendor) for graph in graphs}
-    return QNN if kind is QnnGraph else NEURON
+    if kind is QnnGraph:
+        return QNN
+    return HOSTED if is_emulation else NEURON
 
 
 def graph_index(graphs: Sequence[GraphShape]) -> Mapping[str, str]:
@@ -84,9 +100,9 @@ def graph_index(graphs: Sequence[GraphShape]) -> Mapping[str, str]:
     return {graph.name: f"graph_{i}" for i, graph in enumerate(graphs)}
 
 
-def graph_source(graphs: Sequence[GraphShape]) -> list[str]:
+def graph_source(graphs: Sequence[GraphShape], *, is_emulation: bool = False) -> list[str]:
     """Return C source: the table of all graphs, a function for each, and what opens them."""
-    runner = runner_of(graphs)
+    runner = runner_of(graphs, is_emulation=is_emulation)
     if runner is None:
         return []
     parts = [f'#include "{runner.folder}/{runner.folder}.h"\n']
@@ -94,9 +110,8 @@ def graph_source(graphs: Sequence[GraphShape]) -> list[str]:
         tensors = (*graph.inputs, *graph.outputs)
         rows = (f"{{{c_text(tensor.name)}, {tensor.nbytes}}}" for tensor in tensors)
         parts.append(c_table(f"const {runner.tensor}", f"graph_{i}_tensors", rows))
-    parts.append(
-        c_table(f"const {runner.graph}", "graphs", map(_graph, graphs, range(len(graphs))))
-    )
+    rows = (_graph(runner, graph, i) for i, graph in enumerate(graphs))
+    parts.append(c_table(f"const {runner.graph}", "graphs", rows))
     names = vars(runner) | {"count": len(graphs)}
     parts.append(_FUNCTIONS.format(**names))
     for i, symbol in enumerate(graph_index(graphs).values()):
@@ -104,15 +119,14 @@ def graph_source(graphs: Sequence[GraphShape]) -> list[str]:
     return parts
 
 
-def _graph(graph: GraphShape, i: int) -> str:
-    """A row of the table of graphs."""
-    counts = f"graph_{i}_tensors, {len(graph.inputs)}, {len(graph.outputs)}"
-    file = f"{c_text(graph.graph)}, {c_text(graph.file)}, UINT64_C({graph.file_bytes})"
-    return f"{{{file}, {_made_for(graph.vendor)}, {counts}}}"
-
-
-def _made_for(vendor: QnnGraph | NeuronGraph) -> str:
-    """What the runner compares the file with."""
+def _graph(runner: Runner, graph: GraphShape, i: int) -> str:
+    """A row of the table of graphs: what is opened, what it is compared with, its tensors."""
+    tensors = f"graph_{i}_tensors, {len(graph.inputs)}, {len(graph.outputs)}"
+    file, vendor = f"{c_text(graph.file)}, UINT64_C({graph.file_bytes})", graph.vendor
     if isinstance(vendor, QnnGraph):
-        return f"{vendor.soc_model}, {c_text(vendor.build_id)}"
-    return f"{c_text(vendor.network_sha256)}, {c_text(vendor.soc)}"
+        file += f", {vendor.soc_model}, {c_text(vendor.build_id)}"
+    elif runner is HOSTED:
+        file = c_text(vendor.tflite)
+    else:
+        file += f", {c_text(vendor.network_sha256)}, {c_text(vendor.soc)}"
+    return f"{{{c_text(graph.graph)}, {file}, {tensors}}}"

@@ -199,10 +199,16 @@ def compile_levels(
     return objects
 
 
-def support_sources(entry: Path, program: Program) -> list[Path]:
-    """C files of a library: the tables, the support library, and what calls graphs if needed."""
+def support_sources(entry: Path, program: Program, *, is_emulation: bool = False) -> list[Path]:
+    """C files of a library: the tables, the support library, and what calls graphs if needed.
+
+    Args:
+        entry: the tables.
+        program: that they are of.
+        is_emulation: graphs are executed by what stands in for the accelerator.
+    """
     from llamac.targets.cpu.entry_graphs import runner_of  # noqa: PLC0415 (imports TVM)
 
-    runner = runner_of(program.graphs())
+    runner = runner_of(program.graphs(), is_emulation=is_emulation)
     graphs = (RUNTIME_SOURCES / runner.folder).glob("*.c") if runner else ()
     return [entry, *sorted(RUNTIME_SOURCES.glob("*.c")), *sorted(graphs)]

@@ -225,7 +225,7 @@ def graph_shape(graph: _Graph, soc: str) -> GraphShape:
         inputs=inputs,
         outputs=outputs,
         layers=graph.chunk.linear_layers(),
-        vendor=NeuronGraph(soc, file.sha256),
+        vendor=NeuronGraph(soc, file.sha256, f"{FOLDER}/{graph.tflite.name}"),
     )
 
 

@@ -6,25 +6,19 @@ JSON object in the first argument, with paths. Started by `interpreter.run_model
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llamac.targets.neuropilot.executor import open_interpreter
+
 
 def run(job: dict[str, Any]) -> None:
     """Execute a graph: {"model", "feeds", "results", "inside": names of values}."""
-    module = importlib.import_module("ai_edge_litert.interpreter")
-    # Nothing but LiteRT's own kernels: delegates compute some operations by other rules.
-    resolver = module.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    interpreter = module.Interpreter(
-        model_path=job["model"],
-        experimental_op_resolver_type=resolver,
-        experimental_preserve_all_tensors=bool(job["inside"]),
-    )
-    interpreter.allocate_tensors()
+    interpreter = open_interpreter(Path(job["model"]), keep_all=bool(job["inside"]))
     with np.load(job["feeds"]) as feeds:
         for details in interpreter.get_input_details():
             interpreter.set_tensor(details["index"], feeds[details["name"]])

@@ -16,9 +16,10 @@ from llamac.runtime.digest import file_sha256
 from llamac.runtime.errors import AcceleratorError, BundleCorrupt, BundleInvalid, UsageError
 from llamac.runtime.manifest import read_manifest
 from llamac.targets.base import Artifact
+from llamac.targets.qnn_htp.stand_in import VARIABLE, find_stand_in
 from llamac.targets.registry import make_target
 from llamac.targets.soc import load_soc
-from llamac.targets.stand_in import VARIABLE, StandIn, find_stand_in
+from llamac.targets.stand_in import StandIn
 
 SOC = "sm8650"
 NUM_TOKENS = 32

@@ -159,7 +159,7 @@ def test_append(isa, run_kernel, tokens, first):
         assert np.all(kept == 7)
 
 
-QNN, NEURON = QnnGraph(57, "v2.51.0.1"), NeuronGraph("mt6991", "a" * 64)
+QNN, NEURON = QnnGraph(57, "v2.51.0.1"), NeuronGraph("mt6991", "a" * 64, "apu/g.tflite")
 
 
 def example(vendor: QnnGraph | NeuronGraph = QNN) -> GraphShape:

@@ -142,7 +142,9 @@ def test_the_module_calls_the_graphs(offload: Callable[..., Offloaded]) -> None:
     assert [shape.file for shape in shapes] == [graph.file for graph in made.graphs]
     for shape, graph in zip(shapes, made.graphs, strict=True):
         assert graph.neuron is not None
-        assert shape.vendor == NeuronGraph("mt6991", graph.neuron.network_sha256)
+        assert shape.vendor == NeuronGraph(
+            "mt6991", graph.neuron.network_sha256, graph.neuron.tflite
+        )
     families = [program.kernels[s.kernel].family for s in program.function("decode").steps]
     assert families.count("graph") == 1 and families.count("append") == 4
     assert "attention" not in families
