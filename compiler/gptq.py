@@ -26,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamac.compiler.blas import single_threaded_blas
+from llamac.compiler.checkpoint import FLOAT16_RANGE
 from llamac.compiler.floats import widen
-from llamac.compiler.quantize import INT4, Codes, CodeSpan, nearest_codes
+from llamac.compiler.quantize import GROUP_SIZE, INT4, Codes, CodeSpan, nearest_codes, quantize_int4
 from llamac.compiler.requantize import (
     LARGEST_MULTIPLIER,
     LPBQ_GROUP,
@@ -50,6 +51,8 @@ _FACTOR_BLOCK = 256
 _ROWS = 512
 # Multipliers beside the one that was chosen for the uncompensated weights of a group.
 _NEAR = np.array([0, -1, 1, -2, 2])
+# Scales that a group is tried with, as multiples of the plain rule's; smaller ones clip.
+_SCALE_TRIALS = np.array([1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 1.05])
 
 
 class HessianSum:
@@ -173,6 +176,52 @@ def compensate_lpbq(
         _replace(part.codes, done.codes(), is_better)
         _replace(part.multipliers, multipliers, is_better)
     return start
+
+
+@single_threaded_blas()
+def compensate_int4(weight: NDArray[Any], hessian: Float64, *, damping: float = DAMPING) -> Codes:
+    """Quantize a layer as int4 group-32 so that its outputs err little on the inputs seen.
+
+    A group whose turn comes takes, of a few scales near that of `quantize_int4`, the one with
+    which its columns add least to the output error. Scales are numbers that float16 holds, as
+    bundles store them, so that what was compensated here is what runs.
+
+    Args:
+        weight: [N, K] float or bfloat16 bits.
+        hessian: H = X^T X of the layer's inputs, [K, K] float64, as `HessianSum` gives it.
+        damping: times the mean of H's diagonal, added to the diagonal; above 0.
+
+    Returns:
+        In every row at most the output error D H D^T of the plain rule with such scales.
+
+    Raises:
+        ValuesInvalid: weights or H are not finite, or H is no sum of squares.
+        ValueError: H of another shape; other damping; K is no multiple of 32.
+    """
+    factor = _factorize(hessian, _check_hessian(hessian, weight, damping), by_activation=False)
+    shape = len(weight), weight.shape[1] // GROUP_SIZE
+    result = Codes(np.empty(weight.shape, np.int8), np.empty(shape, np.float32))
+    for rows in _blocks(len(weight), _ROWS):
+        values = _values(weight, rows)
+        plain = _float16_scales(widen(quantize_int4(values).scales))
+        done, scales = _Compensation(values, factor, INT4), plain.copy()
+        for columns in _blocks(values.shape[1], GROUP_SIZE):
+            group = columns.start // GROUP_SIZE
+            trials = _float16_scales(plain[:, group] * _SCALE_TRIALS[:, None])
+            best = done.round(columns, trials[..., None])
+            scales[:, group] = np.take_along_axis(trials, best[None], axis=0)[0]
+        codes = nearest_codes(values, np.repeat(plain, GROUP_SIZE, axis=1), INT4).astype(np.int8)
+        is_better = done.beats(Codes(codes, plain.astype(np.float32)).dequantize().astype(float))
+        result.codes[rows] = np.where(is_better[:, None], done.codes(), codes)
+        result.scales[rows] = np.where(is_better[:, None], scales, plain)
+    return result
+
+
+def _float16_scales(scales: Float64) -> Float64:
+    """Scales rounded to normal numbers of float16; those beyond its range stay as they are."""
+    low, high = FLOAT16_RANGE
+    rounded = np.clip(scales, low, high).astype(np.float16).astype(np.float64)
+    return np.where((scales >= low) & (scales <= high), rounded, scales.astype(np.float32))
 
 
 def _round_groups(

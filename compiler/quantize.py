@@ -198,7 +198,7 @@ def rotate_spinquant(
     Raises:
         ModelUnsupported: the feed-forward width has no Hadamard matrix.
     """
-    _check_hadamard(config)
+    check_hadamard(config)
     rng = np.random.default_rng(seed)
     r1 = random_rotation(config.dim, rng)
     wide = {name: np.asarray(value, np.float64) for name, value in weights.items()}
@@ -212,7 +212,12 @@ def rotate_spinquant(
     return {name: value.astype(_F32) for name, value in rotated.items()}
 
 
-def _check_hadamard(config: LlamaConfig) -> None:
+def check_hadamard(config: LlamaConfig) -> None:
+    """Check that R4 exists for a model.
+
+    Raises:
+        ModelUnsupported: the feed-forward width has no Hadamard matrix.
+    """
     if config.ffn_dim & (config.ffn_dim - 1):
         raise ModelUnsupported(
             f"the feed-forward width {config.ffn_dim} is no power of two",
@@ -286,7 +291,7 @@ def quantize_model(
         raise ValueError(f"unknown form {form!r}: not one of float, ptq, spinquant, qlora")
     if form == "float":
         return QuantConfig(form), {name: to_bfloat16(value) for name, value in weights.items()}
-    _check_groups(config)
+    check_groups(config)
     source = rotate_spinquant(config, weights, seed) if form == "spinquant" else dict(weights)
     lora = LORA if form == "qlora" else None
     tensors = _quantize_tables(source)
@@ -296,7 +301,12 @@ def quantize_model(
     return QuantConfig(form, GROUP_SIZE, hadamard_r4=form == "spinquant", lora=lora), tensors
 
 
-def _check_groups(config: LlamaConfig) -> None:
+def check_groups(config: LlamaConfig) -> None:
+    """Check that all linears of the blocks can be int4.
+
+    Raises:
+        ModelUnsupported: an input is no multiple of 32.
+    """
     widths = sorted({inputs for _, inputs in config.linear_shapes().values()})
     if any(width % GROUP_SIZE for width in widths):
         raise ModelUnsupported(

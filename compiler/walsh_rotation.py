@@ -10,7 +10,8 @@ takes each of them in:
 
 RMSNorm commutes with R1 once its weights have moved into the layers that read it. Both are Walsh-
 Hadamard matrices with random signs (Q of a Gaussian matrix for sizes that are no power of two), and
-not trained. There is no R4 here: nothing is computed online.
+not trained. On request w2 also takes in R4, a Hadamard transform of its inputs, which the runtime
+then has to compute ("online"); else nothing is.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ from numpy.typing import NDArray
 
 from llamac.compiler.checkpoint import Checkpoint, TensorInfo
 from llamac.compiler.floats import to_bfloat16, widen
-from llamac.compiler.quantize import EMBEDDING, FINAL_NORM, OUTPUT, norm_names, random_rotation
+from llamac.compiler.quantize import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT,
+    check_hadamard,
+    norm_names,
+    random_rotation,
+)
+from llamac.compiler.reference import hadamard
 from llamac.runtime.errors import ModelUnsupported
 
 Float64 = NDArray[np.float64]
@@ -34,7 +43,7 @@ _ROWS = 1024
 
 
 def rotate_checkpoint(
-    checkpoint: Checkpoint, *, seed: int = 0, dtype: str = "bfloat16"
+    checkpoint: Checkpoint, *, seed: int = 0, dtype: str = "bfloat16", r4: bool = False
 ) -> Checkpoint:
     """Look at a float checkpoint through R1 and R2; tensors are turned when they are read.
 
@@ -43,13 +52,14 @@ def rotate_checkpoint(
         seed: of the random signs.
         dtype: of the weights that are read: "bfloat16" (as its bits) or "float64", with which the
             model computes the same up to the rounding of float64.
+        r4: turn the inputs of w2, too; the result's `quant` then asks for it.
 
     Returns:
         The checkpoint with other weights. All norm weights are 1, and the output layer is a tensor
         of its own: the final norm is folded into it.
 
     Raises:
-        ModelUnsupported: the checkpoint is quantized.
+        ModelUnsupported: the checkpoint is quantized, or R4 has no Hadamard matrix of its width.
         ValueError: another dtype.
     """
     if dtype not in ("bfloat16", "float64"):
@@ -61,18 +71,26 @@ def rotate_checkpoint(
             cause="Turned int4 weights would have to be rounded once more.",
             fix="Start from the bfloat16 checkpoint of the same model.",
         )
-    weights = RotatedWeights(checkpoint, seed, dtype)
-    note = f"rotated by random Hadamard matrices (R1, R2, seed {seed}), norms folded"
-    notes = (*checkpoint.notes, note)
-    return replace(checkpoint, weights=weights, notes=notes, shared_embedding=False)
+    if r4:
+        check_hadamard(checkpoint.config)
+    weights = RotatedWeights(checkpoint, seed, dtype, r4=r4)
+    names = "R1, R2, R4" if r4 else "R1, R2"
+    note = f"rotated by random Hadamard matrices ({names}, seed {seed}), norms folded"
+    return replace(
+        checkpoint,
+        weights=weights,
+        notes=(*checkpoint.notes, note),
+        shared_embedding=False,
+        quant=replace(checkpoint.quant, hadamard_r4=r4),
+    )
 
 
 class RotatedWeights:
     """A `WeightSource` over the one of a float checkpoint; see `rotate_checkpoint`."""
 
-    def __init__(self, checkpoint: Checkpoint, seed: int, dtype: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, seed: int, dtype: str, *, r4: bool = False) -> None:
         self._source, self._config = checkpoint.weights, checkpoint.config
-        self._dtype = dtype
+        self._dtype, self._r4 = dtype, r4
         self._norms = frozenset(norm_names(self._config))
         rng = np.random.default_rng(seed)
         self._r1 = random_rotation(self._config.dim, rng)
@@ -112,7 +130,16 @@ class RotatedWeights:
             return self._rounded(_turn_heads(turned.T, r2).T)
         if part in ("wo", "w2"):
             turned = self._r1.T @ widen(stored)
-            return self._rounded(_turn_heads(turned, r2) if part == "wo" else turned)
+            if part == "wo":
+                turned = _turn_heads(turned, r2)
+            elif self._r4:
+                turned = hadamard(turned)
+            return self._rounded(turned)
+        return self._turn_inputs(stored, self._gamma_before(name))
+
+    def read_rows(self, name: str, rows: slice) -> NDArray[Any]:
+        """Some rows of the embedding or the output layer, turned: a whole one is large."""
+        stored = self._source.read(self._stored_name(name))[rows]
         return self._turn_inputs(stored, self._gamma_before(name))
 
     def _stored_name(self, name: str) -> str:

@@ -11,7 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 from llamac.compiler.frontends.meta import from_meta
-from llamac.compiler.gptq import HessianSum, compensate_lpbq, compensate_per_channel
+from llamac.compiler.gptq import (
+    HessianSum,
+    compensate_int4,
+    compensate_lpbq,
+    compensate_per_channel,
+)
 from llamac.compiler.llama import ModelOptions, build_llama
 from llamac.compiler.offload import linear_inputs
 from llamac.compiler.quantize import Codes, linear_names, quantize_int4
@@ -313,3 +318,23 @@ def test_wrong_arguments_are_refused(scheme: str) -> None:
             COMPENSATE[scheme](normal(4, 32), np.eye(32), damping=damping)
     with pytest.raises(ValueError, match="not 5"):
         compensate_per_channel(normal(4, 32), np.eye(32), 5)
+
+
+def test_groups_of_int4_err_less_than_the_plain_rule() -> None:
+    """On inputs that were seen and on new ones, with scales that float16 holds."""
+    weight = np.random.default_rng(3).standard_normal((48, 128)).astype(np.float32)
+    found = compensate_int4(weight, sum_of(dependent_inputs(600, 128, 1)))
+    plain = quantize_int4(weight)
+    for seed in (1, 2):
+        x = dependent_inputs(600, 128, seed)
+        errors = [np.square(x @ (weight - c.dequantize()).T).sum(0) for c in (found, plain)]
+        assert errors[0].sum() < 0.6 * errors[1].sum()
+    assert found.codes.min() >= -8 and found.codes.max() <= 7
+    np.testing.assert_array_equal(found.scales, found.scales.astype(np.float16))
+
+
+def test_groups_of_int4_without_inputs_are_those_of_the_plain_rule() -> None:
+    """With H = 0 no error can be made good by another column."""
+    weight = np.random.default_rng(4).standard_normal((8, 64)).astype(np.float32)
+    found, plain = compensate_int4(weight, np.zeros((64, 64))), quantize_int4(weight)
+    assert np.abs(found.codes - plain.codes).max() <= 1

@@ -16,7 +16,7 @@ from llamac.compiler.floats import from_bfloat16
 from llamac.compiler.frontends.meta import from_meta
 from llamac.compiler.quantize import EMBEDDING, OUTPUT, linear_names, norm_names
 from llamac.compiler.reference_model import KvCache, ReferenceModel
-from llamac.compiler.walsh_rotation import rotate_checkpoint
+from llamac.compiler.walsh_rotation import RotatedWeights, rotate_checkpoint
 from llamac.runtime.errors import LlamacError, ModelUnsupported
 
 TOKENS = [1, 40, 300, 77, 512, 9, 200, 640, 33, 800, 5, 150]
@@ -26,7 +26,7 @@ Float64 = NDArray[np.float64]
 class ExactCache(KvCache):
     """Keys and values as they are: turned values round differently in any stored type."""
 
-    def _stored(self, rows: Float64) -> Float64:
+    def _stored(self, side: int, rows: Float64) -> Float64:
         return rows
 
 
@@ -140,3 +140,28 @@ def test_quantized_checkpoints_are_refused(
 def test_other_dtypes_are_refused(tiny: Checkpoint) -> None:
     with pytest.raises(ValueError, match="float16"):
         rotate_checkpoint(tiny, dtype="float16")
+
+
+def test_w2_takes_in_r4_which_the_model_then_computes(tiny: Checkpoint) -> None:
+    """The same function with the transform, another one without it."""
+    turned = rotate_checkpoint(tiny, dtype="float64", r4=True)
+    assert turned.quant.hadamard_r4
+    wanted = ExactModel(tiny).logits(TOKENS)
+    np.testing.assert_allclose(ExactModel(turned).logits(TOKENS), wanted, atol=1e-8)
+    without = ExactModel(turned, apply_r4=False).logits(TOKENS)
+    assert np.abs(without - wanted).max() > 1
+
+
+def test_r4_needs_a_width_with_a_hadamard_matrix(tiny: Checkpoint) -> None:
+    odd = replace(tiny, config=replace(tiny.config, ffn_dim=192))
+    with pytest.raises(ModelUnsupported, match="192 is no power of two"):
+        rotate_checkpoint(odd, r4=True)
+
+
+def test_rows_are_those_of_the_whole_table(tiny: Checkpoint) -> None:
+    weights = rotate_checkpoint(tiny, dtype="float64").weights
+    assert isinstance(weights, RotatedWeights)
+    for name in (EMBEDDING, OUTPUT):
+        np.testing.assert_allclose(
+            weights.read_rows(name, slice(10, 20)), weights.read(name)[10:20], atol=1e-12
+        )
