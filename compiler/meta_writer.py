@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import mmap
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llamac.compiler.checkpoint import TensorInfo
-from llamac.compiler.config import LlamaConfig, QuantConfig
+from llamac.compiler.config import LLAMA_3_2_ROPE_FACTOR, LlamaConfig, QuantConfig
 from llamac.compiler.quantize import EMBEDDING, OUTPUT, norm_names
 from llamac.runtime.errors import TensorInvalid
 
@@ -42,31 +42,45 @@ _TORCH_DTYPES = {
 _NUMPY_DTYPES = {"int8": np.int8, "float32": np.float32, "bfloat16": np.uint16}
 
 
-def layout(config: LlamaConfig, quant: QuantConfig) -> dict[str, TensorInfo]:
+def layout(
+    config: LlamaConfig, quant: QuantConfig, floats: Collection[str] = ()
+) -> dict[str, TensorInfo]:
     """Names, shapes and dtypes of all tensors of a checkpoint, in the order of the file.
 
     A float checkpoint lists `output.weight` beside `tok_embeddings.weight`; when the model is
     tied, both names share one storage in the file.
 
+    Args:
+        config: of the model.
+        quant: of the model.
+        floats: layers of a quantized model that stay bfloat16. Meta's own files have none.
+
     Source: load hooks of llama-models, checked against the published sizes of Meta's files.
     """
-    is_float = quant.form == "float"
-    tables = TensorInfo((config.vocab_size, config.dim), "bfloat16" if is_float else "int8")
-    entries = {EMBEDDING: tables}
-    if not is_float:
-        entries["tok_embeddings.scales"] = TensorInfo((config.vocab_size, 1), "float32")
+    entries = _table_layout("tok_embeddings", config, quant, floats)
     for layer in range(config.num_layers):
         for part, shape in config.linear_shapes().items():
-            entries |= _linear_layout(f"layers.{layer}.{part}", shape, quant)
+            entries |= _linear_layout(f"layers.{layer}.{part}", shape, quant, floats)
     entries |= {name: TensorInfo((config.dim,), "bfloat16") for name in norm_names(config)}
-    entries[OUTPUT] = tables
-    if not is_float:
-        entries["output.scales"] = TensorInfo((config.vocab_size, 1), "float32")
-    return entries
+    return entries | _table_layout("output", config, quant, floats)
 
 
-def _linear_layout(name: str, shape: tuple[int, int], quant: QuantConfig) -> dict[str, TensorInfo]:
-    if quant.form == "float":
+def _table_layout(
+    name: str, config: LlamaConfig, quant: QuantConfig, floats: Collection[str]
+) -> dict[str, TensorInfo]:
+    shape = (config.vocab_size, config.dim)
+    if quant.form == "float" or name in floats:
+        return {f"{name}.weight": TensorInfo(shape, "bfloat16")}
+    return {
+        f"{name}.weight": TensorInfo(shape, "int8"),
+        f"{name}.scales": TensorInfo((config.vocab_size, 1), "float32"),
+    }
+
+
+def _linear_layout(
+    name: str, shape: tuple[int, int], quant: QuantConfig, floats: Collection[str]
+) -> dict[str, TensorInfo]:
+    if quant.form == "float" or name in floats:
         return {f"{name}.weight": TensorInfo(shape, "bfloat16")}
     outputs, inputs = shape
     entries = {
@@ -84,7 +98,8 @@ def params(config: LlamaConfig, quant: QuantConfig) -> dict[str, Any]:
     """The content of `params.json`.
 
     It has no field for the RoPE factor (readers know it) nor for the feed-forward width, which
-    follows from two others.
+    follows from two others. A RoPE factor other than that of Llama 3.2 is written all the same, for
+    our own reader.
     """
     multiplier, multiple_of = ffn_fields(config)
     fields: dict[str, Any] = {
@@ -99,6 +114,9 @@ def params(config: LlamaConfig, quant: QuantConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "use_scaled_rope": config.rope_scaling is not None,
     }
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.factor != LLAMA_3_2_ROPE_FACTOR:
+        fields["rope_scaling_factor"] = scaling.factor
     if quant.form != "float":
         fields["quantization_args"] = {
             "scheme": "int4_weight_int8_dynamic_activation",
@@ -131,6 +149,7 @@ def write_checkpoint(
     quant: QuantConfig,
     tensors: Mapping[str, NDArray[Any]],
     tokenizer: Path,
+    floats: Collection[str] = (),
 ) -> None:
     """Write a checkpoint folder as Meta publishes them.
 
@@ -141,11 +160,12 @@ def write_checkpoint(
         tensors: all that `layout` names, bfloat16 as its bits in uint16. A float model may leave
             out `output.weight`: it is tied.
         tokenizer: file in tiktoken form, copied.
+        floats: see `layout`.
 
     Raises:
         TensorInvalid: a tensor is missing, unknown, or of wrong shape or dtype.
     """
-    expected = layout(config, quant)
+    expected = layout(config, quant, floats)
     given = dict(tensors)
     if quant.form == "float":
         given.setdefault(OUTPUT, given[EMBEDDING])

@@ -11,7 +11,7 @@ codes) is checked here or when a tensor is read, and lands in the checkpoint's n
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,33 +75,53 @@ class _Slot:
         return shape == self.shape or (self.kind == "scales" and shape == (*self.shape, 1))
 
 
-def _slots(config: LlamaConfig, quant: QuantConfig) -> dict[str, _Slot]:
-    """Return every tensor of the layout by name, in the order of use."""
+def _slots(config: LlamaConfig, quant: QuantConfig, floats: Collection[str]) -> dict[str, _Slot]:
+    """Return every tensor of the layout by name, in the order of use.
+
+    Args:
+        config: of the model.
+        quant: of the model.
+        floats: layers without scales and adaptors whose weights are floats.
+    """
     table_shape = (config.vocab_size, config.dim)
-    slots = dict(_table("tok_embeddings", table_shape, quant))
+    slots = dict(_table("tok_embeddings", table_shape, quant, floats))
     for layer in range(config.num_layers):
         slots[f"layers.{layer}.attention_norm.weight"] = _Slot("norm", (config.dim,))
         slots[f"layers.{layer}.ffn_norm.weight"] = _Slot("norm", (config.dim,))
         for name, shape in config.linear_shapes().items():
-            slots.update(_linear(f"layers.{layer}.{name}", shape, quant))
+            slots.update(_linear(f"layers.{layer}.{name}", shape, quant, floats))
     slots["norm.weight"] = _Slot("norm", (config.dim,))
-    slots.update(_table("output", table_shape, quant))
+    slots.update(_table("output", table_shape, quant, floats))
     return slots
 
 
-def _table(name: str, shape: tuple[int, int], quant: QuantConfig) -> Iterator[tuple[str, _Slot]]:
+def _float_layers(tensors: Mapping[str, torch.Tensor]) -> frozenset[str]:
+    """Layers that a file of mixed precision, or of floats alone, has as floats."""
+    layers = (name.removesuffix(".weight") for name in tensors if name.endswith(".weight"))
+    return frozenset(
+        layer
+        for layer in layers
+        if _dtype(tensors[f"{layer}.weight"]) in _FLOATS and f"{layer}.scales" not in tensors
+    )
+
+
+def _table(
+    name: str, shape: tuple[int, int], quant: QuantConfig, floats: Collection[str]
+) -> Iterator[tuple[str, _Slot]]:
     """Slots of the embedding or the output layer: int8, one scale per row."""
-    if quant.form == "float":
+    if quant.form == "float" or name in floats:
         yield f"{name}.weight", _Slot("float", shape)
     else:
         yield f"{name}.weight", _Slot("int8", shape)
         yield f"{name}.scales", _Slot("scales", shape[:1])
 
 
-def _linear(name: str, shape: tuple[int, int], quant: QuantConfig) -> Iterator[tuple[str, _Slot]]:
+def _linear(
+    name: str, shape: tuple[int, int], quant: QuantConfig, floats: Collection[str]
+) -> Iterator[tuple[str, _Slot]]:
     """Slots of one linear layer of a block: int4, one scale per row and group of columns."""
     num_rows, num_columns = shape
-    if quant.form == "float":
+    if quant.form == "float" or name in floats:
         yield f"{name}.weight", _Slot("float", shape)
         return
     yield f"{name}.weight", _Slot("int4", shape)
@@ -252,6 +272,8 @@ def _is_harmless(name: str, tensor: torch.Tensor, slots: Mapping[str, _Slot]) ->
 
 def _is_shared(weights: Mapping[str, torch.Tensor]) -> bool:
     """Whether output and embedding table are equal; the small scales decide most cases at once."""
+    if ("tok_embeddings.scales" in weights) != ("output.scales" in weights):
+        return False
     pairs = [
         (weights[f"tok_embeddings.{part}"], weights[f"output.{part}"])
         for part in ("scales", "weight")
@@ -266,7 +288,7 @@ def _open_weights(
     """Check the tensors against the layout; a tied output layer becomes a second name."""
     if quant.form == "float" and "tok_embeddings.weight" in tensors:
         tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
-    slots = _slots(config, quant)
+    slots = _slots(config, quant, _float_layers(tensors))
     _check_tensors(tensors, slots, config.ffn_dim)
     return MetaWeights(tensors, slots, check_values)
 
