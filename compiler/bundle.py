@@ -7,7 +7,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,34 @@ TOKENIZER = "tokenizer.model"
 Pieces = Callable[[Pack], Iterator[NDArray[Any]]]
 
 
-@contextmanager
-def bundle_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary folder beside `out` that becomes `out` if the block ends well.
-
-    Whatever goes wrong in the block, Ctrl-C too, the temporary folder is removed and a bundle that
-    was at `out` before is still there.
+def bundle_folder(out: Path, overwrite: bool) -> AbstractContextManager[Path]:
+    """Give a temporary folder beside `out` that becomes the bundle `out` if the block ends well.
 
     Raises:
-        OutputError: `out` exists (and `overwrite` is not set, or it is no bundle), or the disk is
-            full or not writable.
+        OutputError: see `output_folder`.
+    """
+    return output_folder(out, overwrite, MANIFEST_NAME, "bundle")
+
+
+@contextmanager
+def output_folder(out: Path, overwrite: bool, marker: str, what: str) -> Iterator[Path]:
+    """Give a temporary folder beside `out` that becomes `out` if the block ends well.
+
+    Whatever goes wrong in the block, Ctrl-C too, the temporary folder is removed and what was at
+    `out` before is still there.
+
+    Args:
+        out: the folder.
+        overwrite: replace what is there, if it is of the same kind.
+        marker: file by which that is told.
+        what: the kind, for messages: "bundle".
+
+    Raises:
+        OutputError: `out` exists (and `overwrite` is not set, or it is of another kind), or the
+            disk is full or not writable.
     """
     if out.exists():
-        _check_replaceable(out, overwrite)
+        _check_replaceable(out, overwrite, marker, what)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -57,18 +72,18 @@ def bundle_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_replaceable(out: Path, overwrite: bool) -> None:
+def _check_replaceable(out: Path, overwrite: bool, marker: str, what: str) -> None:
     """Refuse to replace what nobody asked to replace, and folders that hold something else."""
     if not overwrite:
         raise OutputError(
             f"{out} exists already",
-            cause="a bundle is never written over something else without being asked",
-            fix="choose another name, or compile with --force to replace it",
+            cause=f"a {what} is never written over something else without being asked",
+            fix="choose another name, or give --force to replace it",
         )
-    if not (out / MANIFEST_NAME).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    if not (out / marker).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(
-            f"{out} is not a bundle",
-            cause=f"--force replaces bundles only, and there is no {MANIFEST_NAME} in it",
+            f"{out} is not a {what}",
+            cause=f"--force replaces {what}s only, and there is no {marker} in it",
             fix="choose another name, or remove it yourself",
         )
 
@@ -109,7 +124,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OutputError(
-            f"the bundle needs {needed_bytes / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB",
+            f"the output needs {needed_bytes / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB",
             cause="the disk is too full",
             fix="free some space, or choose a folder on another disk",
         )

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llamac.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from llamac.compiler.quantize_request import QuantizeRequest
 
 DEFAULT_CONTEXT = 8192
 LARGEST_CONTEXT = 131072  # what Llama 3 was trained for
@@ -34,6 +38,7 @@ class CompileConfig:
         rope_factor: overrides the factor of RoPE scaling.
         tokenizer: a tokenizer file instead of the checkpoint's.
         requantize: make int4 of linear layers that no kernel reads as they are (GGUF).
+        quantize: how to quantize a float model first; None: it is compiled as it is.
         name: of the model in the manifest.
         verify: compare the built library with the reference, and refuse to write one that differs.
         verify_text: file with text to verify on.
@@ -59,6 +64,7 @@ class CompileConfig:
     rope_factor: float | None = None
     tokenizer: Path | None = None
     requantize: bool = False
+    quantize: QuantizeRequest | None = None
     name: str | None = None
     verify: bool = True
     verify_text: Path | None = None

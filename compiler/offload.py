@@ -57,10 +57,10 @@ def read_calibration(config: CompileConfig, placed: Placement) -> str | None:
             cause="it computes with integers whose ranges are fixed when a model is compiled",
             fix="give a text of some pages, like those that the model will be used on",
         )
-    if config.calibration is not None and not is_calibrated:
+    if config.calibration is not None and not is_calibrated and config.quantize is None:
         raise UsageError(
             "--calibrate has no effect here",
-            cause="only schemes with integer activations are calibrated",
+            cause="only schemes with integer activations are calibrated, and --quantize",
             fix="leave it out, or choose such a --scheme: see `llamac targets`",
         )
     return read_text(config.calibration)

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
 
 POSITION_BLOCK = 64  # positions of the KV cache come in blocks, a tile of attention
 PROBE_TOKENS = 16
+QUANTIZED = Path("build", "quantized")
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,11 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
     text = read_text(config.verify_text) or calibration
     dump = Dump(config.dump)
     with bundle_folder(config.out, config.overwrite) as folder:
-        with progress.stage("read the checkpoint"):
-            checkpoint = read_checkpoint(config)
+        checkpoint = _open_model(config, folder, progress)
+        with progress.stage("build the IR"):
             tokenizer = describe_tokenizer(checkpoint, TOKENIZER)
             context = DEFAULT_CONTEXT if config.context_length is None else config.context_length
             options = _lower_options(config, placed, checkpoint, context)
-        with progress.stage("build the IR"):
             capacity = kv_capacity(context, config.chunks)
             module = build_llama(checkpoint, ModelOptions(capacity, config.chunks, placed.kv_dtype))
             dump("composites", module)
@@ -186,6 +186,21 @@ def read_checkpoint(config: CompileConfig) -> Checkpoint:
         tokenizer=config.tokenizer,
         requantize=config.requantize,
     )
+
+
+def _open_model(config: CompileConfig, folder: Path, progress: Progress) -> Checkpoint:
+    """Open the model; quantize it if asked to, into a folder that goes with the build files."""
+    with progress.stage("read the checkpoint"):
+        checkpoint = read_checkpoint(config)
+    if config.quantize is None:
+        return checkpoint
+    from llamac.compiler.quantize_request import quantize_into  # noqa: PLC0415 (imports torch)
+
+    made, likelihood = quantize_into(folder / QUANTIZED, checkpoint, config.quantize, progress)
+    found = f"{likelihood}" if likelihood else "no text to measure the loss on"
+    how = f"{config.quantize.method}{', rotated' if config.quantize.rotate else ''}"
+    notes = (*checkpoint.notes, f"quantized to int4 when it was compiled ({how}); {found}")
+    return replace(made, name=checkpoint.name, notes=notes)
 
 
 def kv_capacity(context_length: int, chunks: tuple[int, ...]) -> int:

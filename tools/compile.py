@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from llamac.runtime.errors import UsageError
 from llamac.tools.console import (
     Subparsers,
     format_bytes,
@@ -14,6 +16,11 @@ from llamac.tools.console import (
     progress_for,
     write_json,
 )
+from llamac.tools.quantize import add_method_options
+
+if TYPE_CHECKING:
+    from llamac.compiler.compile_config import CompileConfig
+    from llamac.compiler.quantize_request import QuantizeRequest
 
 DEFAULT_CHUNKS = (128, 32, 8)
 
@@ -24,6 +31,7 @@ examples:
   llamac compile Llama-3.2-1B-Instruct-Q4_0.gguf --target host -o llama-1b-host
   llamac compile MODEL --target host -o out --dump ir/ --report report.json
   llamac compile MODEL --target sm8650 --processors cpu,htp --chunks 128 -o phone
+  llamac compile Llama-3.2-1B-Instruct --quantize int4 --rotate --target host -o llama-1b-host
   llamac compile MODEL --target sm8350 --processors cpu,htp --calibrate pages.txt -o phone
 
 Kernels get their knobs from the records of `llamac tune`, then from those that came with
@@ -67,6 +75,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_scheme_options(parser.add_argument_group("accelerators"))
     parser.add_argument("--force", action="store_true", help="replace a bundle that is there")
     parser.add_argument("--name", help="name of the model in the manifest (default: MODEL's)")
+    _add_quantize_options(parser.add_argument_group("quantization of float models"))
     _add_tuning_options(parser.add_argument_group("tuning"))
     _add_model_options(parser.add_argument_group("model"))
     _add_check_options(parser.add_argument_group("verification and reports"))
@@ -84,14 +93,13 @@ def _add_scheme_options(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         type=Path,
         help="text like what the model will be used on; schemes with integer activations take the "
-        "ranges of values from it, and weights that suit them",
+        "ranges of values from it, and weights that suit them; so does --method gptq",
     )
     group.add_argument(
         "--calibration-tokens",
         metavar="N",
         type=positive_int,
-        default=512,
-        help="of that text, at most (default: 512)",
+        help="of that text, at most (default: 512 for a scheme, 2048 for --quantize)",
     )
 
 
@@ -146,6 +154,45 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_quantize_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--quantize",
+        choices=("int4",),
+        help="quantize first, as `llamac quantize` does; its result is not kept",
+    )
+    add_method_options(group)
+
+
+def _quantize_request(args: argparse.Namespace) -> QuantizeRequest | None:
+    """What is asked of the quantization.
+
+    Raises:
+        UsageError: options of it without --quantize.
+    """
+    from llamac.compiler.quantize_request import QuantizeRequest  # noqa: PLC0415
+
+    if args.quantize is None:
+        given = [
+            f"--{name}" for name in ("method", "rotate", "precision", "eval") if getattr(args, name)
+        ]
+        if given:
+            raise UsageError(
+                f"{given[0]} has no effect without --quantize int4",
+                cause="models are compiled as they are unless you ask for more",
+                fix="add --quantize int4, or leave it out",
+            )
+        return None
+    tokens = {"calibration_tokens": args.calibration_tokens} if args.calibration_tokens else {}
+    return QuantizeRequest(
+        method=args.method or "rtn",
+        rotate=args.rotate,
+        calibrate=args.calibrate,
+        evaluate=args.eval,
+        precision=args.precision,
+        **tokens,
+    )
+
+
 def _add_tuning_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--records",
@@ -174,12 +221,11 @@ def _add_check_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Compile; print what it took."""
+def _config(args: argparse.Namespace) -> CompileConfig:
+    """What is asked of the compiler."""
     from llamac.compiler.compile_config import CompileConfig  # noqa: PLC0415
-    from llamac.compiler.pipeline import compile_bundle  # noqa: PLC0415
 
-    config = CompileConfig(
+    return CompileConfig(
         model=args.model,
         target=args.target,
         out=args.output,
@@ -187,7 +233,7 @@ def run(args: argparse.Namespace) -> int:
         placement=args.place,
         scheme=args.scheme,
         calibration=args.calibrate,
-        calibration_tokens=args.calibration_tokens,
+        calibration_tokens=args.calibration_tokens or CompileConfig.calibration_tokens,
         context_length=args.context,
         chunks=args.chunks,
         scale_dtype=args.scales,
@@ -195,6 +241,7 @@ def run(args: argparse.Namespace) -> int:
         rope_factor=args.rope_factor,
         tokenizer=args.tokenizer,
         requantize=args.requantize,
+        quantize=_quantize_request(args),
         name=args.name,
         verify=not args.no_verify,
         verify_text=args.verify_text,
@@ -204,7 +251,13 @@ def run(args: argparse.Namespace) -> int:
         records=args.records,
         require_tuned=args.require_tuned,
     )
-    report = compile_bundle(config, progress_for(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile; print what it took."""
+    from llamac.compiler.pipeline import compile_bundle  # noqa: PLC0415
+
+    report = compile_bundle(_config(args), progress_for(args))
     if not args.quiet:
         for note in report.notes:
             notice(f"note: {note}")
