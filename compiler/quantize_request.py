@@ -29,7 +29,7 @@ from llamac.compiler.reference_model import ReferenceModel
 from llamac.runtime.errors import UsageError
 from llamac.runtime.tokenizer import Tokenizer
 
-EVALUATION_TOKENS = 256
+EVALUATION_TOKENS = 512
 DEFAULT_CALIBRATION_TOKENS = 2048
 _BYTES = {"int8": 1, "bfloat16": 2, "float32": 4}
 
