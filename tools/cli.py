@@ -25,7 +25,18 @@ from llamac import __version__
 from llamac.runtime.errors import LlamacError, UsageError
 from llamac.tools.console import print_error
 
-COMMANDS = ("compile", "quantize", "tune", "run", "bench", "verify", "inspect", "targets", "doctor")
+COMMANDS = (
+    "compile",
+    "import",
+    "quantize",
+    "tune",
+    "run",
+    "bench",
+    "verify",
+    "inspect",
+    "targets",
+    "doctor",
+)
 
 EPILOG = """\
 from a model to text in two commands:
