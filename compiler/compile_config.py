@@ -38,6 +38,7 @@ class CompileConfig:
         rope_factor: overrides the factor of RoPE scaling.
         tokenizer: a tokenizer file instead of the checkpoint's.
         requantize: make int4 of linear layers that no kernel reads as they are (GGUF).
+        lora: folder of a LoRA adapter to compile into the model.
         quantize: how to quantize a float model first; None: it is compiled as it is.
         name: of the model in the manifest.
         verify: compare the built library with the reference, and refuse to write one that differs.
@@ -64,6 +65,7 @@ class CompileConfig:
     rope_factor: float | None = None
     tokenizer: Path | None = None
     requantize: bool = False
+    lora: Path | None = None
     quantize: QuantizeRequest | None = None
     name: str | None = None
     verify: bool = True

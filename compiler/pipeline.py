@@ -179,13 +179,18 @@ def _pack_weights(
 
 
 def read_checkpoint(config: CompileConfig) -> Checkpoint:
-    """Open the model with the front end that knows its form."""
-    return open_checkpoint(
+    """Open the model with the front end that knows its form, and the user's adapter for it."""
+    checkpoint = open_checkpoint(
         config.model,
         rope_factor=config.rope_factor,
         tokenizer=config.tokenizer,
         requantize=config.requantize,
     )
+    if config.lora is None:
+        return checkpoint
+    from llamac.compiler.lora_adapter import apply_adapter, read_adapter  # noqa: PLC0415
+
+    return apply_adapter(checkpoint, read_adapter(config.lora, checkpoint.config))
 
 
 def _open_model(config: CompileConfig, folder: Path, progress: Progress) -> Checkpoint:

@@ -147,6 +147,12 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--tokenizer", metavar="FILE", type=Path, help="default: MODEL's own")
     group.add_argument(
+        "--lora",
+        metavar="DIR",
+        type=Path,
+        help="a LoRA adapter as PEFT saves it: merged into float layers, a branch beside int4 ones",
+    )
+    group.add_argument(
         "--requantize",
         action="store_true",
         help="make int4 of linear layers of GGUF and Hugging Face that no int4 kernel reads as "
@@ -241,6 +247,7 @@ def _config(args: argparse.Namespace) -> CompileConfig:
         rope_factor=args.rope_factor,
         tokenizer=args.tokenizer,
         requantize=args.requantize,
+        lora=args.lora,
         quantize=_quantize_request(args),
         name=args.name,
         verify=not args.no_verify,

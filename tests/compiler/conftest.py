@@ -55,6 +55,12 @@ def hf_packing() -> ModuleType:
     return load_beside("hf_packing")
 
 
+@pytest.fixture(scope="session")
+def peft_layout() -> ModuleType:
+    """The module `peft_layout.py`."""
+    return load_beside("peft_layout")
+
+
 @pytest.fixture
 def write_meta(meta_layout: ModuleType, tmp_path: Path) -> Callable[..., Path]:
     """Write a checkpoint in a folder named "model": write_meta(form, change=None, **options)."""
