@@ -75,7 +75,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_scheme_options(parser.add_argument_group("accelerators"))
     parser.add_argument("--force", action="store_true", help="replace a bundle that is there")
     parser.add_argument("--name", help="name of the model in the manifest (default: MODEL's)")
-    _add_quantize_options(parser.add_argument_group("quantization of float models"))
+    _add_quantize_options(parser.add_argument_group("adapters, and quantization of float models"))
     _add_tuning_options(parser.add_argument_group("tuning"))
     _add_model_options(parser.add_argument_group("model"))
     _add_check_options(parser.add_argument_group("verification and reports"))
@@ -147,12 +147,6 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--tokenizer", metavar="FILE", type=Path, help="default: MODEL's own")
     group.add_argument(
-        "--lora",
-        metavar="DIR",
-        type=Path,
-        help="a LoRA adapter as PEFT saves it: merged into float layers, a branch beside int4 ones",
-    )
-    group.add_argument(
         "--requantize",
         action="store_true",
         help="make int4 of linear layers of GGUF and Hugging Face that no int4 kernel reads as "
@@ -161,6 +155,12 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_quantize_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lora",
+        metavar="DIR",
+        type=Path,
+        help="a LoRA adapter as PEFT saves it: merged into float layers, a branch beside int4 ones",
+    )
     group.add_argument(
         "--quantize",
         choices=("int4",),
