@@ -53,7 +53,7 @@ def test_compile_passes_its_defaults(compiler: Compiler) -> None:
         "context_length": None,
         "chunks": (128, 32, 8),
         "scale_dtype": "float16",
-        "kv_dtype": "float16",
+        "kv_dtype": None,
         "rope_factor": None,
         "tokenizer": None,
         "name": None,
@@ -64,6 +64,12 @@ def test_compile_passes_its_defaults(compiler: Compiler) -> None:
         "threads": 2,
         "records": None,
         "require_tuned": False,
+        "scheme": None,
+        "calibration": None,
+        "calibration_tokens": 512,
+        "requantize": False,
+        "lora": None,
+        "quantize": None,
     }
 
 
@@ -72,6 +78,7 @@ def test_compile_passes_its_options(compiler: Compiler, tmp_path: Path) -> None:
     options = (
         "--processors htp,cpu --place prefill=htp --context 4096 --chunks 64,8 --scales bfloat16 "
         "--kv-cache int8 --rope-factor 32 --tokenizer t.model --name n --no-verify "
+        "--scheme a16w4 --calibrate c.txt --calibration-tokens 64 --requantize --lora adapter "
         "--verify-text v.txt --dump ir --records r.jsonl --require-tuned "
         f"--force --threads 1 --report {tmp_path / 'report.json'}"
     )
@@ -97,6 +104,12 @@ def test_compile_passes_its_options(compiler: Compiler, tmp_path: Path) -> None:
         "threads": 1,
         "records": Path("r.jsonl"),
         "require_tuned": True,
+        "scheme": "a16w4",
+        "calibration": Path("c.txt"),
+        "calibration_tokens": 64,
+        "requantize": True,
+        "lora": Path("adapter"),
+        "quantize": None,
     }
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert report["notes"] == ["assumed a RoPE factor of 32"]
@@ -154,7 +167,13 @@ def test_verify_says_by_its_exit_code_whether_it_passed(
     text.write_text("Once upon", "utf-8")
     arguments = ["verify", "out", "model", "--text", str(text), "--tokens", "9", "--level", "avx2"]
     assert main([*arguments, "--all-functions", "--threads", "1"]) == code
-    options = {"threads": 1, "level": "avx2", "all_functions": True, "machine": None}
+    options = {
+        "threads": 1,
+        "level": "avx2",
+        "all_functions": True,
+        "machine": None,
+        "calibration": None,
+    }
     assert calls == [(Path("out"), Path("model"), "Once upon", 9, options)]
     printed = capsys.readouterr().out
     assert "decode: norm_1x8  2      121.5    2e-07" in printed
