@@ -101,7 +101,9 @@ KERNELS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "shape", "isa"), KERNELS, ids=str)
+@pytest.mark.parametrize(
+    ("family", "shape", "isa"), KERNELS, ids=lambda value: getattr(value, "name", str(value))
+)
 def test_points_are_valid_and_differ(family: str, shape: Any, isa: Isa) -> None:
     """The default is the first; every space is small."""
     kernel = KernelSpec("k", family, shape)

@@ -90,7 +90,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("isa", "family", "shape"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("isa", "family", "shape"), CASES, ids=lambda value: getattr(value, "name", str(value))
+)
 def test_real_kernels_have_a_loop_of_products(isa: Isa, family: str, shape: Any) -> None:
     """Of each instruction set; products per product are one."""
     counts = per_product(features(isa, family, shape), shape.m, 1)
