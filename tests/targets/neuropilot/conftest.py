@@ -21,7 +21,7 @@ from llamac.compiler.frontends.meta import from_meta
 from llamac.compiler.llama import ModelOptions, build_llama
 from llamac.compiler.reference import Float64
 from llamac.compiler.reference_model import KvCache, ReferenceModel
-from llamac.schedules.quantized import Quantization, ValueRange
+from llamac.schedules.quantized import ValueRange
 from llamac.targets.chunk import Chunk, cut_chunks
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "tiny-llama"
@@ -93,22 +93,6 @@ class RowModel(ReferenceModel):
         return codes.astype(np.float64) * scales.astype(np.float64)[:, None]
 
 
-class Int16Cache(KvCache):
-    """Keys and values in one scale each."""
-
-    def __init__(self, keys: Quantization, values: Quantization) -> None:
-        super().__init__("float32")
-        self._quantizations = (keys, values)
-
-    def append(self, k: Float64, v: Float64) -> tuple[Float64, Float64]:
-        sides = zip(self._quantizations, (k, v), strict=True)
-        stored = [made.dequantize(made.quantize(rows)) for made, rows in sides]
-        return super().append(*stored)
-
-    def _stored(self, rows: Float64) -> Float64:
-        return rows
-
-
 def key_blocks(keys: NDArray[np.int16]) -> NDArray[np.int16]:
     """Keys [Hkv, C, D] as the caches of all targets have them: [Hkv, C/16, D, 16]."""
     heads, capacity, size = keys.shape
@@ -172,7 +156,7 @@ def layer_case(
     for layer in chunk.layers:
         prefix = f"layers.{layer}"
         sides = [made[f"{prefix}.{side}_cache"] for side in "kv"]
-        cache = Int16Cache(*sides)
+        cache = KvCache("float32", sides)
         for side, rows, side_made in zip("kv", cache.append(*past[layer]), sides, strict=True):
             full = np.zeros((config.num_kv_heads, capacity, config.head_dim), np.int16)
             full[:, :position] = side_made.quantize(rows).transpose(1, 0, 2)
