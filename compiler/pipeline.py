@@ -137,7 +137,7 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
             artifacts = list(target.build(lowered, identity, folder, stage.update))
             artifacts += offloaded.graphs.artifacts if offloaded.graphs else ()
             artifacts += _write_data(folder, checkpoint, lowered.program)
-        tokens = probe_tokens(tokenizer, checkpoint, text, PROBE_TOKENS)
+        tokens = probe_tokens(tokenizer, checkpoint, text, PROBE_TOKENS) if config.verify else []
         verification = _verify(model, folder, lowered.program, artifacts, tokens, progress)
         remove_build_files(folder)
         with progress.stage("hash and write the manifest"):

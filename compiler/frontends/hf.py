@@ -86,6 +86,21 @@ class _Model:
             return FloatWeights(self.table.take(f"{module}.weight", FLOATS, shape), order)
         return self.scheme.open(self.table, module, shape, order)
 
+    def layers(self, is_tied: bool, requantize: bool) -> list[Layer]:
+        """All layers, from the embedding to the output layer; no tensor is left.
+
+        Raises:
+            CheckpointError: one of its classes.
+        """
+        embedding, output = self.tables(is_tied)
+        layers = [Layer("tok_embeddings", embedding, table_form(embedding, requantize))]
+        for number in range(self.config.num_layers):
+            layers += self.block(number, requantize)
+        layers.append(Layer("norm", self.norm("model.norm"), FORMS["norm"]))
+        layers.append(Layer("output", output, table_form(output, requantize)))
+        self.table.refuse_others()
+        return layers
+
     def block(self, number: int, requantize: bool) -> Iterator[Layer]:
         """The layers of one block, in the order of use."""
         prefix, shapes = f"model.layers.{number}.", self.config.linear_shapes()
@@ -190,13 +205,7 @@ def from_hf(
     config, notes = read_config(fields, rope_factor)
     is_tied = bool(fields.boolean("tie_word_embeddings"))
     model = _Model(TensorTable(open_safetensors(folder)), config, read_scheme(fields))
-    embedding, output = model.tables(is_tied)
-    layers = [Layer("tok_embeddings", embedding, table_form(embedding, requantize))]
-    for number in range(config.num_layers):
-        layers += model.block(number, requantize)
-    layers.append(Layer("norm", model.norm("model.norm"), FORMS["norm"]))
-    layers.append(Layer("output", output, table_form(output, requantize)))
-    model.table.refuse_others()
+    layers = model.layers(is_tied, requantize)
     weights = ConvertedWeights(layers, check_values)
     tokenizer = tokenizer or _find_tokenizer(folder, fields, config, weights)
     num_special = check_tokenizer(tokenizer, config.vocab_size)
@@ -216,5 +225,5 @@ def from_hf(
         weights=weights,
         tokenizer=tokenizer,
         notes=(*notes, *chat_notes(folder), *conversion_notes(layers)),
-        shared_embedding=_is_same(embedding, output),
+        shared_embedding=_is_same(layers[0].stored, layers[-1].stored),
     )

@@ -265,7 +265,8 @@ def test_more_layers_need_no_more_memory(
         quantize_checkpoint(checkpoint, Method("gptq", rotate), windows, out, scratch, stage)
         found[layers] = peak()
         assert stage.done == stage.total
-    assert found[8] < 1.1 * found[2]
+    # Six blocks more are 14 MB more of weights.
+    assert found[8] < found[2] + (6 << 20)
 
 
 def random_checkpoint(config: LlamaConfig, folder: Path) -> Checkpoint:

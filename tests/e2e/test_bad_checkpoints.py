@@ -114,7 +114,6 @@ def test_a_bad_checkpoint_has_its_own_error(
 
 OPTIONS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "unknown target": (("--target", "sm8560"), "soc-unknown", "sm8650"),
-    "layers only": (("--target", "mt6993", "--processors", "apu"), "target-unknown", "apu"),
     "no such processor": (("--processors", "npu"), "target-unknown", "'npu'"),
     "no context": (("--context", "0"), "usage", "0"),
     "no room for an answer": (("--context", "1"), "usage", "2 to 131072"),

@@ -70,7 +70,7 @@ def test_every_step_and_a_text_equal_the_reference(
         tiny / form,
         max_tokens=24,
         calibration=stories.read_text("utf-8"),
-        machine=find_stand_in(),
+        machine=find_stand_in(manifest.graphs),
     )
     assert report.passed, report.failures
     graphs = [o for o in report.operations if o.family == "graph"]
@@ -81,7 +81,7 @@ def test_it_tells_a_story(compiled: Callable[..., Path], tiny: Path, stories: Pa
     """Words of the model's world, and not of noise."""
     bundle = bundle_of(compiled, tiny / "spinquant", "sm8350", stories)
     with (
-        load(bundle, threads=1, machine=find_stand_in()) as model,
+        load(bundle, threads=1, machine=find_stand_in(read_manifest(bundle).graphs)) as model,
         model.session() as session,
     ):
         text = "".join(session.generate(PROMPT, max_tokens=NUM_TOKENS))

@@ -145,13 +145,12 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], l
     """Two layers of the tiny model, one binary each, for a SoC; made once per SoC."""
     checkpoint = from_meta(ROOT / "examples" / "tiny-llama" / "qlora")
     chunks = cut_chunks(build_llama(checkpoint, ModelOptions(CAPACITY, ())), "decode", 1)[:2]
-    made: dict[str, list[ContextBinary]] = {}
+    write, made = float16_writer(checkpoint.weights), dict[str, list[ContextBinary]]()
 
     def compiled(soc: str, arch: int) -> list[ContextBinary]:
         if soc not in made:
             target = HtpTarget(soc, SOC_MODELS[soc], arch, 8)
             out = tmp_path_factory.mktemp(soc)
-            write = float16_writer(checkpoint.weights)
             made[soc] = compile_chunks(chunks, write, target, out, lambda *_: None)
         return made[soc]
 
@@ -398,5 +397,4 @@ def test_aarch64_says_what_is_missing(run: Run, graphs: list[Graph], tmp_path: P
     _link(tmp_path / "gnu", "aarch64-linux-gnu.2.28")
     _link(tmp_path / "musl", "aarch64-linux-musl", "-static")
     command = [shutil.which("qemu-aarch64") or "", tmp_path / "musl"]
-    outcome = run(graphs, libraries=tmp_path, command=command)
-    _refused(outcome, "cannot open libQnnHtp.so", MISSING)
+    _refused(run(graphs, libraries=tmp_path, command=command), "cannot open libQnnHtp.so", MISSING)

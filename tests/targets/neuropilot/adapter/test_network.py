@@ -160,6 +160,7 @@ def test_edges_of_the_graph(refused: Callable[..., None]) -> None:
 
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert", reason="optional extra: pip install 'llamac[apu]'")
     for data in (b"", b"1234TFL2", b"PK" * 100):
         (tmp_path / "m.tflite").write_bytes(data)
         with pytest.raises(CoverageError, match=r"m\.tflite is no \.tflite file"):
