@@ -67,9 +67,8 @@ static llamac_status find_side(llamac_neuron_opened *graph, bool inputs, llamac_
 /* ---- Opening ---------------------------------------------------------------------------------- */
 
 /* Restores the compilation, or builds it and keeps it. */
-static llamac_status compile(llamac_neuron_graphs *graphs, llamac_neuron_opened *graph,
+static llamac_status compile(const llamac_neuron_library *library, llamac_neuron_opened *graph,
                              const char *cache_folder, llamac_error *error) {
-  const llamac_neuron_library *library = &graphs->library;
   llamac_neuron_cache cache;
   llamac_neuron_cache_find(&cache, cache_folder, graph->table->soc, &graph->network,
                            library->version);
@@ -85,6 +84,26 @@ static llamac_status compile(llamac_neuron_graphs *graphs, llamac_neuron_opened 
   if (status == LLAMAC_OK)
     llamac_neuron_cache_store(&cache, library, &graph->built, graph->origin,
                               sizeof graph->origin);
+  return status;
+}
+
+/* Takes the DLA if there is one and the adapter takes it, else the network. */
+static llamac_status load(const llamac_neuron_library *library, llamac_neuron_opened *graph,
+                          const char *folder, const char *cache, llamac_error *error) {
+  if (graph->table->dla == NULL) return compile(library, graph, cache, error);
+  int refusal = NEURON_OK;
+  llamac_status status =
+      llamac_neuron_dla_open(library, graph->table, folder, &graph->built, &refusal, error);
+  if (status != LLAMAC_OK) return status;
+  if (refusal == NEURON_OK) {
+    snprintf(graph->origin, sizeof graph->origin, "the bundle's DLA");
+    llamac_network_close(&graph->network);
+    return LLAMAC_OK;
+  }
+  status = compile(library, graph, cache, error);
+  size_t used = strlen(graph->origin);
+  snprintf(graph->origin + used, sizeof graph->origin - used, "; the DLA was refused: code %d, %s",
+           refusal, llamac_neuron_meaning(refusal));
   return status;
 }
 
@@ -106,7 +125,7 @@ static llamac_status open_graph(llamac_neuron_graphs *graphs, llamac_neuron_open
                        "bundle for an older SoC",
                        version->major, version->minor, version->patch, table->file,
                        graph->network.header->min_major);
-  status = compile(graphs, graph, cache, error);
+  status = load(&graphs->library, graph, folder, cache, error);
   if (status != LLAMAC_OK) return status;
   int code = graphs->library.api.execution_create(graph->built.compilation, &graph->execution);
   if (code == NEURON_OK) return LLAMAC_OK;

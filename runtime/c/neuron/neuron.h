@@ -4,15 +4,18 @@
  *
  * A bundle for an APU carries graphs as network files (network_format.h). The phone's own Neuron
  * Adapter compiles each when it is opened for the first time; what it made is kept in a cache folder
- * and restored from then on. The adapter is the phone's, never the bundle's. Read neuron.c (opening
- * and closing), neuron_library.c (the adapter), neuron_network.c (network files), neuron_build.c
- * (compiling), neuron_cache.c, neuron_folder.c and neuron_execute.c (calls) in this order.
+ * and restored from then on. If the bundle was made where MediaTek's SDK is, it also carries each
+ * graph as that SDK compiled it (a DLA), which is opened first; an adapter that refuses it gets the
+ * network. The adapter is the phone's, never the bundle's. Read neuron.c (opening
+ * and closing), neuron_library.c (the adapter), neuron_file.c, neuron_network.c (network files),
+ * neuron_build.c (compiling), neuron_dla.c, neuron_cache.c, neuron_folder.c and neuron_execute.c
+ * (calls) in this order.
  *
  * Messages of errors begin with "neuron" and a name that stays:
  *
  *     library-missing      no adapter was found, or it cannot be loaded
  *     adapter-too-old      it lacks a function, or its version is below what the network needs
- *     network-missing      a network file cannot be opened
+ *     network-missing      a network file or a DLA cannot be opened
  *     network-truncated    its size is not the expected one
  *     network-invalid      it is damaged, of another build, or not what the tables say
  *     operation-refused    the adapter does not take an operation, which is named
@@ -35,6 +38,12 @@ typedef struct {
   uint64_t bytes;
 } llamac_neuron_tensor;
 
+/* A graph that MediaTek's SDK compiled. */
+typedef struct {
+  const char *file; /* relative to the folder of the weights */
+  uint64_t bytes;   /* its size */
+} llamac_neuron_dla;
+
 /* A graph, as the compiler wrote it into the tables. */
 typedef struct {
   const char *name;    /* for messages */
@@ -42,6 +51,7 @@ typedef struct {
   uint64_t file_bytes; /* its size */
   const char *sha256;  /* of what is behind its header: 64 hexadecimal digits, as the header has */
   const char *soc;     /* "mt6991": for the name in the cache */
+  const llamac_neuron_dla *dla; /* NULL: there is none */
   const llamac_neuron_tensor *tensors; /* [num_inputs + num_outputs], inputs first, in the order of
                                           a step's operands */
   uint32_t num_inputs, num_outputs;
@@ -77,8 +87,9 @@ llamac_status llamac_neuron_open_beside(const llamac_neuron_graph *graphs, uint3
 /* Closes what was opened; NULL is allowed. No call may be running. */
 void llamac_neuron_close(llamac_neuron_graphs *graphs);
 
-/* Where a graph came from: "restored", "compiled", or "compiled, not kept: " and the reason. Lives
- * as long as the graphs. */
+/* Where a graph came from: "the bundle's DLA", "restored", "compiled", or "compiled, not kept: " and
+ * the reason; the last three with "; the DLA was refused: " and the reason, if there is one that
+ * was. Lives as long as the graphs. */
 const char *llamac_neuron_origin(const llamac_neuron_graphs *graphs, uint32_t index);
 
 /* Executes a graph: what a step calls. Calls from several threads wait for each other.

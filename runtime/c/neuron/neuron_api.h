@@ -135,6 +135,11 @@ typedef struct {
   int (*execution_set_output)(neuron_execution *execution, int32_t index,
                               const neuron_operand *operand, void *data, size_t bytes);
   int (*execution_compute)(neuron_execution *execution);
+  /* Numbers for what an extension has, whose name is given. */
+  int (*model_extension_operand)(neuron_model *model, const char *extension, uint16_t code,
+                                 int32_t *type);
+  int (*model_extension_operation)(neuron_model *model, const char *extension, uint16_t code,
+                                   int32_t *operation);
   /* Which operations the APU takes; of a finished model, of a compilation that is not finished. */
   int (*model_supported)(neuron_model *model, bool *supported, uint32_t count);
   int (*compilation_supported)(neuron_compilation *compilation, uint32_t count, bool *supported);

@@ -166,31 +166,35 @@ static llamac_status check_operations(const builder *builder) {
   return status;
 }
 
-static llamac_status compile(const builder *builder) {
-  const neuron_adapter *api = &builder->library->api;
-  neuron_compilation **compilation = &builder->built->compilation;
-  const char *options = builder->network->names + builder->network->header->options;
-  const char *function = "NeuronCompilation_create";
-  int code = api->compilation_create(builder->built->model, compilation);
+int llamac_neuron_compile(const llamac_neuron_library *library, llamac_neuron_built *built,
+                          const char *options, const char **function) {
+  const neuron_adapter *api = &library->api;
+  *function = "NeuronCompilation_create";
+  int code = api->compilation_create(built->model, &built->compilation);
   if (code != NEURON_OK) {
-    *compilation = NULL;
-    return llamac_neuron_fail(builder->error, "compilation-failed", code, "%s of %.60s", function,
-                              builder->graph);
+    built->compilation = NULL;
+    return code;
   }
-  function = "setPriority";
-  code = api->compilation_set_priority(*compilation, NEURON_PRIORITY_HIGH);
+  *function = "setPriority";
+  code = api->compilation_set_priority(built->compilation, NEURON_PRIORITY_HIGH);
   if (code == NEURON_OK) {
-    function = "setPreference";
-    code = api->compilation_set_preference(*compilation, NEURON_PREFER_SUSTAINED_SPEED);
+    *function = "setPreference";
+    code = api->compilation_set_preference(built->compilation, NEURON_PREFER_SUSTAINED_SPEED);
   }
   if (code == NEURON_OK && *options != '\0') {
-    function = "setOptimizationString";
-    code = api->compilation_set_options(*compilation, options);
+    *function = "setOptimizationString";
+    code = api->compilation_set_options(built->compilation, options);
   }
   if (code == NEURON_OK) {
-    function = "NeuronCompilation_finish";
-    code = api->compilation_finish(*compilation);
+    *function = "NeuronCompilation_finish";
+    code = api->compilation_finish(built->compilation);
   }
+  return code;
+}
+
+static llamac_status compile(const builder *builder) {
+  const char *options = builder->network->names + builder->network->header->options, *function;
+  int code = llamac_neuron_compile(builder->library, builder->built, options, &function);
   if (code == NEURON_OK) return LLAMAC_OK;
   return llamac_neuron_fail(builder->error, "compilation-failed", code, "%s of %.60s", function,
                             builder->graph);
@@ -215,6 +219,6 @@ void llamac_neuron_free(const llamac_neuron_library *library, llamac_neuron_buil
   /* Last: the model points to them. */
   for (uint32_t i = 0; i < built->num_widened; i++) free(built->widened[i]);
   free(built->widened);
-  if (built->restored != NULL) munmap(built->restored, (size_t)built->restored_bytes);
+  if (built->mapped != NULL) munmap(built->mapped, (size_t)built->mapped_bytes);
   memset(built, 0, sizeof *built);
 }

@@ -100,7 +100,7 @@ bool llamac_neuron_cache_restore(const llamac_neuron_cache *cache,
     return false;
   }
   /* Nothing is published about how long the adapter reads it. */
-  built->restored = header, built->restored_bytes = bytes;
+  built->mapped = header, built->mapped_bytes = bytes;
   return true;
 }
 

@@ -33,6 +33,12 @@ const char *llamac_neuron_meaning(int code);
 llamac_status llamac_neuron_fail(llamac_error *error, const char *name, int code,
                                  const char *format, ...) __attribute__((format(printf, 4, 5)));
 
+/* ---- neuron_file.c ---- */
+
+/* Maps a file of a bundle for reading after comparing its size; `name` is its path in the folder. */
+llamac_status llamac_neuron_map(const char *folder, const char *name, uint64_t bytes, void **data,
+                                llamac_error *error);
+
 /* ---- neuron_network.c ---- */
 
 /* A network file in memory, with pointers into it. */
@@ -78,8 +84,8 @@ typedef struct {
   neuron_compilation *compilation;
   uint8_t **widened; /* [num_widened] values that the model points to and the file does not have */
   uint32_t num_widened;
-  void *restored; /* the mapped cache file that the compilation was restored from, or NULL */
-  uint64_t restored_bytes;
+  void *mapped; /* the cache file or the DLA that the compilation is from, or NULL */
+  uint64_t mapped_bytes;
 } llamac_neuron_built;
 
 /* Builds the network's model and compiles it. The network must stay mapped until it is freed; what
@@ -88,8 +94,21 @@ llamac_status llamac_neuron_build(const llamac_neuron_library *library,
                                   const llamac_network *network, const char *graph,
                                   llamac_neuron_built *built, llamac_error *error);
 
+/* Compiles a model that is described. Returns the adapter's code; `function` is what returned it. */
+int llamac_neuron_compile(const llamac_neuron_library *library, llamac_neuron_built *built,
+                          const char *options, const char **function);
+
 /* Frees what there is. */
 void llamac_neuron_free(const llamac_neuron_library *library, llamac_neuron_built *built);
+
+/* ---- neuron_dla.c ---- */
+
+/* Gives the DLA of a graph to the adapter. `refusal` is the adapter's code; if it is not NEURON_OK,
+ * nothing is left in `built`. Fails only if the file is not what the table says. */
+llamac_status llamac_neuron_dla_open(const llamac_neuron_library *library,
+                                     const llamac_neuron_graph *graph, const char *folder,
+                                     llamac_neuron_built *built, int *refusal,
+                                     llamac_error *error);
 
 /* ---- neuron_cache.c ---- */
 
@@ -128,7 +147,7 @@ typedef struct {
   llamac_neuron_built built;
   neuron_execution *execution;
   llamac_neuron_place *places; /* [num_inputs + num_outputs], in the order of a step's operands */
-  char origin[128];
+  char origin[224];
 } llamac_neuron_opened;
 
 struct llamac_neuron_graphs {

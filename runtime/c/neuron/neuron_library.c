@@ -114,6 +114,8 @@ static llamac_status find_functions(void *library, const char *name, neuron_adap
       {"NeuronExecution_setInput", &into->execution_set_input, false},
       {"NeuronExecution_setOutput", &into->execution_set_output, false},
       {"NeuronExecution_compute", &into->execution_compute, false},
+      {"NeuronModel_getExtensionOperandType", &into->model_extension_operand, true},
+      {"NeuronModel_getExtensionOperationType", &into->model_extension_operation, true},
       {"NeuronModel_getSupportedOperations", &into->model_supported, true},
       {"NeuronCompilation_getSupportedOperations", &into->compilation_supported, true},
   };

@@ -4,13 +4,8 @@
  */
 #include "neuron_internal.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 /* More of anything is no network of ours; keeps sums of sizes below 2^64. */
 enum { MAX_COUNT = 1 << 24 };
@@ -188,47 +183,14 @@ llamac_status llamac_network_verify(const llamac_network *network, const char *f
 
 /* ---- Opening ---------------------------------------------------------------------------------- */
 
-/* Maps the file after checking its size. */
-static llamac_status map_file(const llamac_neuron_graph *graph, const char *path,
-                              llamac_network *network, llamac_error *error) {
-  int file = open(path, O_RDONLY | O_CLOEXEC);
-  if (file < 0)
-    return llamac_fail(error, LLAMAC_ERROR_ACCELERATOR,
-                       "neuron network-missing: cannot open '%.120s': %s", path, strerror(errno));
-  struct stat found;
-  llamac_status status = LLAMAC_OK;
-  if (fstat(file, &found) != 0 || !S_ISREG(found.st_mode)) {
-    status = llamac_fail(error, LLAMAC_ERROR_ACCELERATOR,
-                         "neuron network-missing: '%.120s' is not a regular file", path);
-  } else if ((uint64_t)found.st_size != graph->file_bytes || found.st_size == 0) {
-    status = llamac_fail(error, LLAMAC_ERROR_ACCELERATOR,
-                         "neuron network-truncated: %.80s has %llu bytes, not %llu: copy the bundle "
-                         "again",
-                         graph->file, (unsigned long long)found.st_size,
-                         (unsigned long long)graph->file_bytes);
-  } else {
-    void *data = mmap(NULL, (size_t)found.st_size, PROT_READ, MAP_PRIVATE, file, 0);
-    if (data == MAP_FAILED) {
-      status = llamac_fail(error, LLAMAC_ERROR_MEMORY, "neuron out-of-memory: cannot map '%.120s': "
-                           "%s", path, strerror(errno));
-    } else {
-      network->data = data;
-      network->bytes = (uint64_t)found.st_size;
-    }
-  }
-  close(file);
-  return status;
-}
-
 llamac_status llamac_network_open(const llamac_neuron_graph *graph, const char *folder,
                                   llamac_network *network, llamac_error *error) {
-  char path[4096], hash[65];
-  int length = snprintf(path, sizeof path, "%s/%s", folder, graph->file);
-  if (length < 0 || (size_t)length >= sizeof path)
-    return llamac_fail(error, LLAMAC_ERROR_ACCELERATOR,
-                       "neuron network-missing: the path of %.80s is too long", graph->file);
-  llamac_status status = map_file(graph, path, network, error);
-  if (status == LLAMAC_OK) status = llamac_network_read(network, graph->file, error);
+  char hash[65];
+  llamac_status status =
+      llamac_neuron_map(folder, graph->file, graph->file_bytes, &network->data, error);
+  if (status != LLAMAC_OK) return status;
+  network->bytes = graph->file_bytes;
+  status = llamac_network_read(network, graph->file, error);
   if (status == LLAMAC_OK) {
     llamac_sha256_text(network->header->sha256, hash);
     if (strcmp(hash, graph->sha256) != 0)

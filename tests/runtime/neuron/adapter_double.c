@@ -10,7 +10,8 @@
  *     NEURON_DOUBLE_REFUSE       "25": addOperation refuses the operation with this code
  *     NEURON_DOUBLE_UNSUPPORTED  "25": getSupportedOperations says no to these
  *
- * This file has the log and models; adapter_double_compilation.c has the rest.
+ * This file has the log and models; adapter_double_dla.c has the extension that takes a DLA, and
+ * adapter_double_compilation.c the rest.
  */
 #include "adapter_double.h"
 
@@ -234,6 +235,7 @@ EXPORT int NeuronModel_addOperation(neuron_model *model, int32_t operation, uint
   if (lists("NEURON_DOUBLE_REFUSE", operation)) code = NEURON_BAD_DATA;
   code = end(__func__, code);
   if (code == NEURON_OK) model->codes[model->num_operations++] = operation;
+  if (code == NEURON_OK && operation == DLA_OPERATION) model->is_dla = true;
   return code;
 }
 
@@ -272,7 +274,7 @@ EXPORT int NeuronModel_finish(neuron_model *model) {
     if (type == NEURON_TENSOR_QUANT8_SYMM_PER_CHANNEL && !operand->has_scales)
       code = NEURON_BAD_DATA;
   }
-  if (!values_stay(model)) code = NEURON_BAD_DATA;
+  if (!values_stay(model) || (model->is_dla && !read_dla(model))) code = NEURON_BAD_DATA;
   code = end(__func__, code);
   model->finished = code == NEURON_OK;
   return code;

@@ -23,7 +23,7 @@ typedef struct {
 
 struct neuron_model {
   int id;
-  bool identified, finished;
+  bool identified, finished, is_dla;
   uint32_t num_operands, num_operations, num_inputs, num_outputs;
   uint32_t inputs[MAX_IO], outputs[MAX_IO];
   int32_t codes[MAX_OPERATIONS];
@@ -60,6 +60,19 @@ int end(const char *function, int code);
 
 /* Bytes that a value of the operand has, 0 if the double does not know the type. */
 size_t value_bytes(const operand *operand);
+
+/* Reads "HEAD inputs outputs size size ...", the form of what stands for something compiled. False:
+ * it is not that. `sizes` has room for 2 * MAX_IO. */
+bool read_sizes(const char *head, const char *text, size_t bytes, uint32_t counts[2],
+                uint32_t *sizes);
+
+/* Makes an operand one of that many bytes. */
+void set_size(operand *operand, uint32_t bytes);
+
+/* What the extension for a DLA is numbered in this double, and whether the model of one such
+ * operation is as it should be: fills in the sizes that the DLA tells. */
+enum { DLA_OPERAND = 0x7a000001, DLA_OPERATION = 0x7b000001 };
+bool read_dla(neuron_model *model);
 
 /* Whether all values that were not copied are still what they were. */
 bool values_stay(const neuron_model *model);

@@ -120,19 +120,13 @@ EXPORT int NeuronCompilation_storeCompiledNetwork(neuron_compilation *compilatio
 
 /* Fills in the inputs and outputs of what describe() wrote. */
 static bool parse(neuron_model *model, const char *text, size_t bytes) {
-  size_t length = strlen(NOT_COMPILED);
-  if (bytes <= length || memcmp(text, NOT_COMPILED, length) != 0 || text[bytes - 1] != '\0')
-    return false;
-  char *next = (char *)(uintptr_t)text + length;
-  model->num_inputs = (uint32_t)strtoul(next, &next, 10);
-  model->num_outputs = (uint32_t)strtoul(next, &next, 10);
-  model->num_operands = model->num_inputs + model->num_outputs;
+  uint32_t sizes[2 * MAX_IO], counts[2];
+  if (!read_sizes(NOT_COMPILED, text, bytes, counts, sizes)) return false;
+  model->num_inputs = counts[0], model->num_outputs = counts[1];
+  model->num_operands = counts[0] + counts[1];
   for (uint32_t i = 0; i < model->num_operands; i++) {
-    operand *operand = &model->operands[i];
-    operand->type.type = NEURON_BOOL; /* bytes */
-    operand->type.rank = 1;
-    operand->dims[0] = (uint32_t)strtoul(next, &next, 10);
-    *(i < model->num_inputs ? &model->inputs[i] : &model->outputs[i - model->num_inputs]) = i;
+    set_size(&model->operands[i], sizes[i]);
+    *(i < counts[0] ? &model->inputs[i] : &model->outputs[i - counts[0]]) = i;
   }
   return true;
 }

@@ -65,11 +65,14 @@ class Graph:
     soc: str = "mt6991"
     file: str = ""
     file_bytes: int = 0
+    dla: str = "-"
+    dla_bytes: int = 0
 
     def lines(self) -> list[str]:
         """The graph in the harness's text form."""
         file_bytes = self.file_bytes or self.path.stat().st_size
-        head = (self.name, self.file or self.path.name, file_bytes, self.sha256, self.soc)
+        file = (self.file or self.path.name, file_bytes, self.sha256, self.soc)
+        head = (self.name, *file, self.dla, self.dla_bytes)
         rows = [f"{t.name} {t.bytes} {t.dtype}" for t in (*self.inputs, *self.outputs)]
         return [" ".join(map(str, (*head, len(self.inputs), len(self.outputs)))), *rows]
 

@@ -4,8 +4,8 @@
  *     neuron_harness hash FILE...
  *     neuron_harness fuzz NETWORK SEED COUNT
  *
- * TABLE: for each graph "NAME FILE BYTES SHA256 SOC NUM_INPUTS NUM_OUTPUTS", then for each tensor
- * "NAME BYTES DTYPE_CODE DTYPE_BITS". CACHE: "-" is none. INPUTS: raw inputs of all graphs, one
+ * TABLE: for each graph "NAME FILE BYTES SHA256 SOC DLA DLA_BYTES NUM_INPUTS NUM_OUTPUTS" (DLA "-" is
+ * none), then for each tensor "NAME BYTES DTYPE_CODE DTYPE_BITS". CACHE: "-" is none. INPUTS: raw inputs of all graphs, one
  * after the other; OUTPUTS: the same of the outputs, as the first thread has them.
  *
  * "hash" prints the SHA-256 of files. "fuzz" changes bytes of a network and builds what the
@@ -22,8 +22,9 @@
 enum { MAX_GRAPHS = 4, MAX_TENSORS = 16, MAX_THREADS = 4 };
 
 static llamac_neuron_graph graphs[MAX_GRAPHS];
+static llamac_neuron_dla dlas[MAX_GRAPHS];
 static llamac_neuron_tensor tensors[MAX_GRAPHS][MAX_TENSORS];
-static char strings[MAX_GRAPHS * (MAX_TENSORS + 4)][128];
+static char strings[MAX_GRAPHS * (MAX_TENSORS + 5)][128];
 static int dtypes[MAX_GRAPHS][MAX_TENSORS][2];
 static uint32_t count;
 
@@ -46,10 +47,14 @@ static void read_table(const char *path) {
   for (; count < MAX_GRAPHS; count++) {
     llamac_neuron_graph *graph = &graphs[count];
     graph->name = *next++, graph->file = *next++, graph->sha256 = *next++, graph->soc = *next++;
-    if (fscanf(file, "%127s %127s %" SCNu64 " %127s %127s %u %u", (char *)graph->name,
-               (char *)graph->file, &graph->file_bytes, (char *)graph->sha256, (char *)graph->soc,
-               &graph->num_inputs, &graph->num_outputs) != 7)
+    llamac_neuron_dla *dla = &dlas[count];
+    dla->file = *next++;
+    if (fscanf(file, "%127s %127s %" SCNu64 " %127s %127s %127s %" SCNu64 " %u %u",
+               (char *)graph->name, (char *)graph->file, &graph->file_bytes, (char *)graph->sha256,
+               (char *)graph->soc, (char *)dla->file, &dla->bytes, &graph->num_inputs,
+               &graph->num_outputs) != 9)
       break;
+    if (strcmp(dla->file, "-") != 0) graph->dla = dla;
     graph->tensors = tensors[count];
     must(operands_of(count) <= MAX_TENSORS, "too many tensors");
     for (uint32_t i = 0; i < operands_of(count); i++) {
@@ -118,7 +123,7 @@ static void check_maps(void) {
   FILE *file = fopen("/proc/self/maps", "r");
   must(file != NULL, "no maps");
   while (fgets(line, sizeof line, file) != NULL)
-    must(strstr(line, ".neuron") == NULL, "a file is still mapped");
+    must(strstr(line, ".neuron") == NULL && strstr(line, ".dla") == NULL, "a file is still mapped");
   fclose(file);
 }
 

@@ -39,7 +39,7 @@ class Graph:
     sha256: str
 
     def lines(self) -> list[str]:
-        head = f"layers {self.path.name} {self.path.stat().st_size} {self.sha256} mt6991 1 1"
+        head = f"layers {self.path.name} {self.path.stat().st_size} {self.sha256} mt6991 - 0 1 1"
         return [head, "x 16 0 16", "y 16 0 16"]
 
     def feeds(self) -> list[bytes]:
