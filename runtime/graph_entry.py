@@ -9,8 +9,10 @@ from typing import Annotated, Any
 from llamac.runtime.schema import Count, Matches, Name, NotNegative, SchemaError
 
 __all__ = [
+    "NEURON_DLA",
     "NEURON_NETWORK",
     "QNN_CONTEXT",
+    "DlaEntry",
     "GraphEntry",
     "GraphTensorEntry",
     "NeuronEntry",
@@ -19,9 +21,10 @@ __all__ = [
     "shorten_graph",
 ]
 
-QNN_CONTEXT, NEURON_NETWORK = "qnn-context", "neuron-network"
-"""Forms of graphs: Qualcomm's binary, compiled for one SoC; and operations and weights as data,
-which the phone's Neuron Adapter compiles when the bundle is opened there for the first time."""
+QNN_CONTEXT, NEURON_NETWORK, NEURON_DLA = "qnn-context", "neuron-network", "neuron-dla"
+"""Forms of graphs: Qualcomm's binary, compiled for one SoC; operations and weights as data, which
+the phone's Neuron Adapter compiles when the bundle is opened there for the first time; and these
+together with what MediaTek's SDK compiled of them for one SoC."""
 
 Sha256 = Annotated[str, Matches("[0-9a-f]{64}")]
 
@@ -59,18 +62,29 @@ class QnnEntry:
 
 
 @dataclass(frozen=True)
+class DlaEntry:
+    """What MediaTek's SDK compiled: the file, the SDK by its own word, and its options."""
+
+    file: Name
+    sdk: str
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class NeuronEntry:
     """What a network file is for, and what it was made from.
 
     `soc` names compiled networks in the cache of a device; `neuropilot` is the first number of the
     oldest adapter version that may build it; `network_sha256` is that of what follows the file's
-    header; `tflite` is the file with the same operations that was translated.
+    header; `tflite` is the file with the same operations that was translated; `dla` is there if an
+    SDK compiled that one.
     """
 
     soc: Name
     neuropilot: Count
     network_sha256: Sha256
     tflite: Name
+    dla: DlaEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -102,22 +116,37 @@ def check_graphs(graphs: Sequence[GraphEntry], files: Iterable[str]) -> None:
     """
     for graph in graphs:
         where = f"graphs[{graph.name!r}]"
-        made_from = [graph.neuron.tflite] if graph.neuron else []
-        for file in (graph.file, *made_from):
+        for file in (graph.file, *_neuron_files(graph.neuron)):
             if file not in files:
                 raise SchemaError(f"{where}.file", f"is {file!r}, no file of the bundle")
-        there = {QNN_CONTEXT: graph.qnn is not None, NEURON_NETWORK: graph.neuron is not None}
-        if [form for form, is_there in there.items() if is_there] != [graph.form]:
+        if _forms(graph) != [graph.form]:
             raise SchemaError(
                 f"{where}.form", f"is {graph.form!r}, which the entry of a vendor must fit"
             )
 
 
+def _neuron_files(neuron: NeuronEntry | None) -> list[str]:
+    """The files beside that of the graph."""
+    if neuron is None:
+        return []
+    return [neuron.tflite, *([neuron.dla.file] if neuron.dla else [])]
+
+
+def _forms(graph: GraphEntry) -> list[str]:
+    """The forms that a graph's entries of vendors are of."""
+    forms = [QNN_CONTEXT] if graph.qnn is not None else []
+    if graph.neuron is not None:
+        forms.append(NEURON_NETWORK if graph.neuron.dla is None else NEURON_DLA)
+    return forms
+
+
 def shorten_graph(fields: dict[str, Any]) -> None:
-    """Leave out of its JSON values what other vendors' graphs have, and scales that are None."""
+    """Leave out of its JSON values what other vendors' graphs have, and all that is None."""
     for name in ("qnn", "neuron"):
         if fields[name] is None:
             del fields[name]
+    if "neuron" in fields and fields["neuron"]["dla"] is None:
+        del fields["neuron"]["dla"]
     for tensor in (*fields["inputs"], *fields["outputs"]):
         if tensor["scale"] is None:
             del tensor["scale"], tensor["zero_point"]

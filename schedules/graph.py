@@ -73,11 +73,15 @@ class NeuronGraph:
         soc: "mt6991", for the names of compiled networks.
         network_sha256: of what follows the header of the file, as the header has it.
         tflite: path in the bundle of the same graph as .tflite, which is executed in emulation.
+        dla: path in the bundle of what MediaTek's SDK compiled of it; "": nothing.
+        dla_bytes: size of that file.
     """
 
     soc: str
     network_sha256: str
     tflite: str
+    dla: str = ""
+    dla_bytes: int = 0
 
 
 @dataclass(frozen=True)

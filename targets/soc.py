@@ -140,6 +140,7 @@ class Apu:
         mdla: version of the deep learning accelerator in it, "5.5".
         mdla_cores: number of those.
         l1_kib: local memory of the accelerators, KiB.
+        compiler_options: more for MediaTek's offline compiler, each one word: "--opt-footprint".
     """
 
     generation: str
@@ -148,6 +149,7 @@ class Apu:
     mdla: str | None = field(default=None, metadata=_rule('a version such as "5.5"', r"\d\.\d"))
     mdla_cores: int | None = None
     l1_kib: int | None = None
+    compiler_options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,7 @@ def examine() -> Iterator[Finding]:
     yield examine_python(sys.version_info[:3])
     yield from examine_packages()
     yield from examine_tools()
+    yield examine_neuropilot_sdk()
     yield from examine_cpu(CPUINFO)
     yield from examine_memory()
     yield from examine_folders()
@@ -212,6 +213,21 @@ def examine_llvm_tools() -> Finding:
         return Finding(what, OK, ", ".join(filter(None, found.values())), why)
     text = f"no {' and no '.join(absent)} of version {FIRST_VERSION} or later"
     return Finding(what, NOTE, text, why, f"apt-get install {PACKAGE}")
+
+
+def examine_neuropilot_sdk() -> Finding:
+    """Ask MediaTek's offline compiler for its version, if the user has named an SDK."""
+    from llamac.targets.neuropilot import sdk  # noqa: PLC0415
+
+    what, why = "MediaTek's SDK", "compiles graphs for APUs beforehand; else the phone does it"
+    try:
+        found = sdk.find_sdk()
+    except LlamacError as error:
+        return Finding(what, NOTE, f"{error.message}: {error.cause}", why, error.fix)
+    if found is not None:
+        return Finding(what, OK, f"{found.program}: {found.version}", why)
+    fix = f"get it from {sdk.WHERE_TO_GET_IT}; name its folder in {sdk.VARIABLE}"
+    return Finding(what, NOTE, f"{sdk.VARIABLE} is not set", why, fix)
 
 
 def examine_cpu(cpuinfo: Path) -> Iterator[Finding]:

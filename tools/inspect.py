@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llamac.tools.console import Row, Subparsers, format_bytes, print_json, print_rows
 
 if TYPE_CHECKING:
+    from llamac.runtime.graph_entry import NeuronEntry
     from llamac.runtime.manifest import FunctionEntry, GraphEntry, GraphTensorEntry, Manifest
 
 EPILOG = """\
@@ -133,11 +134,20 @@ def _vendor_rows(graph: GraphEntry) -> list[Row]:
         neuron = graph.neuron
         return [
             ("for", f"{neuron.soc}, NeuroPilot {neuron.neuropilot} or newer"),
-            ("compiled", "by the adapter of the phone, when the bundle is opened there"),
+            ("compiled", _compiled_by(neuron)),
             ("network", f"sha256 {neuron.network_sha256[:16]}…"),
             ("the same as .tflite", neuron.tflite),
         ]
     return []
+
+
+def _compiled_by(neuron: NeuronEntry) -> str:
+    """Who compiles a graph, or has compiled it."""
+    on_phone = "by the adapter of the phone, when the bundle is opened there"
+    if neuron.dla is None:
+        return on_phone
+    called = " ".join(neuron.dla.options)
+    return f"{neuron.dla.file}, by {neuron.dla.sdk} ({called}); if it is refused, {on_phone}"
 
 
 def _tensor_text(tensor: GraphTensorEntry) -> str:

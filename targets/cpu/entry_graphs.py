@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llamac.schedules.graph import GraphShape, QnnGraph
+from llamac.schedules.graph import GraphShape, NeuronGraph, QnnGraph
 from llamac.targets.cpu.entry_text import c_table, c_text
 
 _FUNCTIONS = """\
@@ -128,5 +128,12 @@ def _graph(runner: Runner, graph: GraphShape, i: int) -> str:
     elif runner is HOSTED:
         file = c_text(vendor.tflite)
     else:
-        file += f", {c_text(vendor.network_sha256)}, {c_text(vendor.soc)}"
+        file += f", {c_text(vendor.network_sha256)}, {c_text(vendor.soc)}, {_dla(vendor)}"
     return f"{{{c_text(graph.graph)}, {file}, {tensors}}}"
+
+
+def _dla(graph: NeuronGraph) -> str:
+    """The address of what MediaTek's SDK compiled, or that there is none."""
+    if not graph.dla:
+        return "NULL"
+    return f"&(const llamac_neuron_dla){{{c_text(graph.dla)}, UINT64_C({graph.dla_bytes})}}"

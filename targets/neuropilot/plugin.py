@@ -1,8 +1,9 @@
 """The plug-in "neuropilot": runs of layers on MediaTek's APU, the rest on the CPU.
 
-Nothing here compiles for an APU. Each graph goes into the bundle twice, as a .tflite, which
-LiteRT's interpreter executes here and MediaTek's own tools take, and as a network file, which the
-phone's Neuron Adapter compiles when the bundle is opened there for the first time.
+Each graph goes into the bundle twice, as a .tflite, which LiteRT's interpreter executes here and
+MediaTek's own tools take, and as a network file, which the phone's Neuron Adapter compiles when
+the bundle is opened there for the first time. Where the user has MediaTek's SDK (`sdk.py`), its
+compiler makes of the .tflite a third form, compiled for the SoC's APU.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llamac.runtime.errors import ToolchainMissing
-from llamac.runtime.graph_entry import NEURON_NETWORK, GraphEntry, GraphTensorEntry, NeuronEntry
+from llamac.runtime.graph_entry import (
+    NEURON_DLA,
+    NEURON_NETWORK,
+    DlaEntry,
+    GraphEntry,
+    GraphTensorEntry,
+    NeuronEntry,
+)
 from llamac.targets.base import (
     GRAPH_ROLE,
     Artifact,
@@ -37,6 +45,7 @@ if TYPE_CHECKING:
     from llamac.schedules.quantized import Quantization
     from llamac.targets.chunk import Chunk
     from llamac.targets.neuropilot.network import Network
+    from llamac.targets.neuropilot.sdk import OfflineCompiler
     from llamac.targets.program import Pack
 
 FOLDER = "apu"
@@ -64,17 +73,24 @@ WIDENED = "; on NeuroPilot 8 our runner gives the adapter these weights as int8"
 
 NETWORK_NOTE = "compiled by the phone's Neuron Adapter when the bundle is first opened there; none \
 of MediaTek's has seen it yet"
+DLA_NOTE = "compiled by {} with {}; no APU has executed it yet"
 SOURCE_NOTE = "portable, compiled for no APU: LiteRT's interpreter executes it with `--emulate`"
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """A chunk that was written."""
+    """A chunk that was written; `dla` if an SDK compiled it."""
 
     chunk: Chunk
     tflite: Path
     codes: Mapping[str, Quantization]
     network: Network
+    dla: DlaEntry | None = None
+
+    @property
+    def dla_file(self) -> Path:
+        """What an SDK compiles, beside the .tflite."""
+        return self.tflite.with_suffix(".dla")
 
 
 class NeuroPilot(Target):
@@ -85,16 +101,20 @@ class NeuroPilot(Target):
     is_accelerator: ClassVar[bool] = True
 
     def check(self) -> Sequence[Missing]:
-        """A version of NeuroPilot in the SoC file, and the optional extra that writes .tflite."""
+        """A version of NeuroPilot in the SoC file, the extra that writes .tflite, a whole SDK."""
         from llamac.targets.neuropilot.interpreter import find_litert  # noqa: PLC0415
+        from llamac.targets.neuropilot.sdk import find_compiler  # noqa: PLC0415
 
         if self._version is None:
             return (self._no_version(),)
+        what = "ai-edge-litert"
         try:
             find_litert()
+            what = "the offline compiler of MediaTek's SDK"
+            find_compiler(self.soc)
         except ToolchainMissing as error:
             why = f"{error.message}; {error.cause}"
-            return (Missing(what="ai-edge-litert", why=why, fix=error.fix),)
+            return (Missing(what=what, why=why, fix=error.fix),)
         return ()
 
     def schemes(self) -> Sequence[Scheme]:
@@ -113,8 +133,9 @@ class NeuroPilot(Target):
         out: Path,
         progress: Progress,
     ) -> Offloaded:
-        """Write the layers of the functions to `apu/<graph>.tflite` and `apu/<graph>.neuron`."""
+        """Write the layers of the functions to `apu/<graph>.tflite`, `.neuron`, maybe `.dla`."""
         from llamac.targets.chunk import cut_chunks  # noqa: PLC0415
+        from llamac.targets.neuropilot.sdk import find_compiler  # noqa: PLC0415
         from llamac.targets.neuropilot.shards import (  # noqa: PLC0415
             layer_weight_bytes,
             layers_per_chunk,
@@ -126,10 +147,12 @@ class NeuroPilot(Target):
         chunks = [chunk for name in functions for chunk in cut_chunks(mod, name, count)]
         folder = out / FOLDER
         folder.mkdir()
+        compiler = find_compiler(self.soc)
         graphs = []
         for done, chunk in enumerate(chunks):
             progress(f"apu: {chunk.name}", done, len(chunks))
-            graphs.append(self._write(chunk, layers, folder))
+            graph = self._write(chunk, layers, folder)
+            graphs.append(compiled(graph, compiler) if compiler else graph)
         progress("apu", len(chunks), len(chunks))
         shapes = [graph_shape(graph, self.soc.name) for graph in graphs]
         return Offloaded(
@@ -175,6 +198,7 @@ class NeuroPilot(Target):
             neuropilot=self._version or 0,
             network_sha256=graph.network.file.sha256,
             tflite=f"{FOLDER}/{graph.tflite.name}",
+            dla=graph.dla,
         )
         return GraphEntry(
             name=graph.chunk.name,
@@ -182,7 +206,7 @@ class NeuroPilot(Target):
             function=graph.chunk.function,
             layers=graph.chunk.layers,
             file=f"{FOLDER}/{graph.network.file.path.name}",
-            form=NEURON_NETWORK,
+            form=NEURON_DLA if graph.dla else NEURON_NETWORK,
             scheme=scheme,
             inputs=inputs,
             outputs=outputs,
@@ -206,6 +230,15 @@ class NeuroPilot(Target):
         raise NotImplementedError(self.name)
 
 
+def compiled(graph: _Graph, compiler: OfflineCompiler) -> _Graph:
+    """Compile a graph with the user's SDK."""
+    from llamac.targets.neuropilot.sdk import compile_dla  # noqa: PLC0415
+
+    compile_dla(compiler, graph.tflite, graph.dla_file)
+    name = f"{FOLDER}/{graph.dla_file.name}"
+    return replace(graph, dla=DlaEntry(name, compiler.sdk.version, compiler.options))
+
+
 def graph_shape(graph: _Graph, soc: str) -> GraphShape:
     """Describe a graph as a step of a program."""
     from llamac.runtime.digest import file_sha256  # noqa: PLC0415
@@ -216,6 +249,10 @@ def graph_shape(graph: _Graph, soc: str) -> GraphShape:
         for side in _sides(graph)
     )
     file = graph.network.file
+    vendor = NeuronGraph(soc, file.sha256, f"{FOLDER}/{graph.tflite.name}")
+    if graph.dla:
+        size = graph.dla_file.stat().st_size
+        vendor = replace(vendor, dla=graph.dla.file, dla_bytes=size)
     return GraphShape(
         name=graph.chunk.name,
         graph=graph.chunk.name,
@@ -225,7 +262,7 @@ def graph_shape(graph: _Graph, soc: str) -> GraphShape:
         inputs=inputs,
         outputs=outputs,
         layers=graph.chunk.linear_layers(),
-        vendor=NeuronGraph(soc, file.sha256, f"{FOLDER}/{graph.tflite.name}"),
+        vendor=vendor,
     )
 
 
@@ -240,10 +277,14 @@ def _sides(graph: _Graph) -> tuple[list[GraphTensorEntry], list[GraphTensorEntry
     return [known[n] for n in (*shared, *caches)], [known[n] for n in (emitter.HIDDEN_OUT, *new)]
 
 
-def _artifacts(graph: _Graph) -> tuple[Artifact, Artifact]:
+def _artifacts(graph: _Graph) -> tuple[Artifact, ...]:
     """The files of a graph."""
     folder = Path(FOLDER)
-    return (
+    files = (
         Artifact(folder / graph.network.file.path.name, GRAPH_ROLE, note=NETWORK_NOTE),
         Artifact(folder / graph.tflite.name, SOURCE_ROLE, note=SOURCE_NOTE),
     )
+    if graph.dla is None:
+        return files
+    note = DLA_NOTE.format(graph.dla.sdk, " ".join(graph.dla.options))
+    return (*files, Artifact(Path(graph.dla.file), GRAPH_ROLE, note=note))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,35 @@ def test_every_step_equals_the_reference(
     graphs = [o for o in report.operations if o.family == "graph"]
     assert {o.function for o in graphs} == {"decode", "prefill_8"}
     assert report.level == "neon-on-x86"
+
+
+def test_a_bundle_says_which_sdk_compiled_it(
+    llamac: Callable[..., Any],
+    tiny: Path,
+    pages: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a test double in the place of MediaTek's compiler; emulation goes on as before."""
+    program = tmp_path / "sdk" / "host" / "bin" / "ncc-tflite"
+    program.parent.mkdir(parents=True)
+    double = Path(__file__).parents[1] / "targets" / "neuropilot" / "ncc_double.py"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {double} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("LLAMAC_NEUROPILOT_SDK", str(tmp_path / "sdk"))
+    out, options = tmp_path / "out", ("--target", SOC, "--processors", "cpu,apu", "--chunks", 8)
+    llamac("compile", tiny / "qlora", *options, "--context", 64, "--calibrate", pages, "-o", out)
+    manifest = read_manifest(out)
+    for graph in manifest.graphs:
+        assert graph.form == "neuron-dla" and graph.neuron is not None
+        dla = graph.neuron.dla
+        assert dla is not None and dla.sdk == "ncc-tflite TEST DOUBLE 8.0"
+        assert manifest.files[dla.file].role == "graph"
+        phone = next(p for p in out.rglob("libmodel*.so") if p != out / EMULATION)
+        assert dla.file.encode() in phone.read_bytes()
+    shown = llamac("inspect", out, "--check").stdout
+    assert "by ncc-tflite TEST DOUBLE 8.0 (--arch=mdla5.5" in shown
+    assert "LiteRT" in llamac("run", out, PROMPT, "--emulate", "--max-tokens", 4).stderr
 
 
 # -- the process that executes the graphs ---------------------------------------------------------
