@@ -28,6 +28,7 @@ class CompileConfig:
         processors: of the SoC: one, or "cpu" and an accelerator that takes the layers.
         placement: which of them computes the layers of a phase, by "prefill" and "decode";
             phases that are not named belong to the accelerator if there is one.
+        cpu_layers: layers that an accelerator leaves to the CPU.
         scheme: name of the accelerator's; None: its first.
         calibration: file with text that shows a scheme the ranges of values.
         calibration_tokens: of that text, at most.
@@ -55,6 +56,7 @@ class CompileConfig:
     out: Path
     processors: tuple[str, ...] = ("cpu",)
     placement: Mapping[str, str] = field(default_factory=dict)
+    cpu_layers: tuple[int, ...] = ()
     scheme: str | None = None
     calibration: Path | None = None
     calibration_tokens: int = 512

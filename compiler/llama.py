@@ -28,12 +28,20 @@ class ModelOptions:
     Attributes:
         capacity: positions in the KV cache, including room for a padded chunk.
         chunks: prefill lengths, largest first.
-        kv_dtype: "float16" or "int8".
+        kv_dtype: of the KV cache: "float16", "int8", or "int16" for graphs.
+        cpu_layers: layers whose cache is the CPU's own, because no graph computes them.
+        cpu_kv_dtype: of that.
     """
 
     capacity: int
     chunks: tuple[int, ...]
     kv_dtype: str = "float16"
+    cpu_layers: frozenset[int] = frozenset()
+    cpu_kv_dtype: str = "float16"
+
+    def kv_dtype_of(self, layer: int) -> str:
+        """What the keys and values of a layer are stored as."""
+        return self.cpu_kv_dtype if layer in self.cpu_layers else self.kv_dtype
 
 
 def build_llama(checkpoint: Checkpoint, options: ModelOptions) -> IRModule:
@@ -90,11 +98,12 @@ class _Function:
         self._param(ROPE_TABLE, (options.capacity, config.head_dim // 2, 2), "float32")
         heads, capacity = config.num_kv_heads, options.capacity
         for layer in range(config.num_layers):
-            for name in cache_names(options.kv_dtype, layer):
+            kv_dtype = options.kv_dtype_of(layer)
+            for name in cache_names(kv_dtype, layer):
                 if name.endswith("params"):
                     self._param(name, (heads, capacity, 2), "float32")
                 else:
-                    self._param(name, (heads, capacity, config.head_dim), options.kv_dtype)
+                    self._param(name, (heads, capacity, config.head_dim), kv_dtype)
 
     def _param(self, name: str, shape: Sequence[int], dtype: str) -> None:
         self.params[name] = relax.Var(name, relax.TensorType(list(shape), dtype))
@@ -134,14 +143,15 @@ class _Function:
         q, k = (
             call("rope", [x, p[ROPE_TABLE], p["meta"]], head_dim=config.head_dim) for x in (q, k)
         )
-        names = cache_names(self.options.kv_dtype, layer)
+        kv_dtype = self.options.kv_dtype_of(layer)
+        names = cache_names(kv_dtype, layer)
         result = call(
             "attention",
             [q, k, v, p["meta"], *(p[name] for name in names)],
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            kv_dtype=self.options.kv_dtype,
+            kv_dtype=kv_dtype,
         )
         parts = [self.builder.emit(relax.TupleGetItem(result, i)) for i in range(1 + len(names))]
         return parts[0], parts[1:]

@@ -100,15 +100,16 @@ def offload_layers(
             layers = prepare_layers(
                 checkpoint,
                 scheme,
-                linear_inputs(module, names[0]),
+                linear_inputs(module, names[0], placed.cpu_layers),
                 tokens,
                 folder / LAYERS,
                 stage.update,
             )
     with progress.stage(f"compile graphs for {accelerator.processor}") as stage:
-        given = Layers(scheme, layers.checkpoint.weights, layers.ranges)
+        given = Layers(scheme, layers.checkpoint.weights, layers.ranges, placed.cpu_layers)
         graphs = accelerator.offload(module, names, given, folder, stage.update)
-    return OffloadedModel(graphs.module, graphs, layers, _scheme_entry(scheme, layers, tokens))
+    entry = _scheme_entry(scheme, layers, tokens, placed.cpu_layers)
+    return OffloadedModel(graphs.module, graphs, layers, entry)
 
 
 def layers_of_bundle(
@@ -146,15 +147,20 @@ def layers_of_bundle(
     scheme = Scheme(entry.name, entry.summary, entry.weights, is_calibrated=True)
     module = build_llama(checkpoint, ModelOptions(_POSITIONS, (), "float16"))
     with progress.stage(f"calibrate {scheme.name}") as stage:
-        inputs = linear_inputs(module, "decode")
+        inputs = linear_inputs(module, "decode", frozenset(entry.cpu_layers))
         return prepare_layers(checkpoint, scheme, inputs, tokens, folder, stage.update)
 
 
-def linear_inputs(module: Any, function: str) -> Mapping[str, str]:
-    """Labels of the values that linear layers read (`targets/chunk.py`), by the layers' names."""
+def linear_inputs(
+    module: Any, function: str, cpu_layers: frozenset[int] = frozenset()
+) -> Mapping[str, str]:
+    """Labels of the values that linear layers read (`targets/chunk.py`), by the layers' names.
+
+    Those of `cpu_layers` are left out.
+    """
     return {
         step.args[1].removesuffix(".weight"): chunk.labels[step.args[0]]
-        for chunk in cut_chunks(module, function, 1)
+        for chunk in cut_chunks(module, function, 1, cpu_layers)
         for step in chunk.steps
         if step.kind in ("llamac.linear", "llamac.qlinear")
     }
@@ -174,7 +180,9 @@ def calibration_tokens(
     return probe_tokens(tokenizer, checkpoint, text, config.calibration_tokens)
 
 
-def _scheme_entry(scheme: Scheme, layers: LayerModel, tokens: Sequence[int]) -> SchemeEntry:
+def _scheme_entry(
+    scheme: Scheme, layers: LayerModel, tokens: Sequence[int], cpu_layers: frozenset[int]
+) -> SchemeEntry:
     return SchemeEntry(
         name=scheme.name,
         summary=scheme.summary,
@@ -182,4 +190,5 @@ def _scheme_entry(scheme: Scheme, layers: LayerModel, tokens: Sequence[int]) -> 
         calibration_tokens=len(tokens),
         calibration_sha256=tokens_hash(tokens) if tokens else None,
         loss_db={name: round(db, 1) for name, db in layers.loss.items()},
+        cpu_layers=tuple(sorted(cpu_layers)),
     )

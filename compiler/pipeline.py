@@ -106,8 +106,10 @@ def compile_bundle(config: CompileConfig, progress: Progress) -> Report:
             tokenizer = describe_tokenizer(checkpoint, TOKENIZER)
             context = DEFAULT_CONTEXT if config.context_length is None else config.context_length
             options = _lower_options(config, placed, checkpoint, context)
+            placed = placed.with_cpu_layers(config.cpu_layers, checkpoint.config.num_layers)
             capacity = kv_capacity(context, config.chunks)
-            module = build_llama(checkpoint, ModelOptions(capacity, config.chunks, placed.kv_dtype))
+            caches = (placed.kv_dtype, placed.cpu_layers, placed.cpu_kv_dtype)
+            module = build_llama(checkpoint, ModelOptions(capacity, config.chunks, *caches))
             dump("composites", module)
         weights = PipelineWeights(checkpoint, capacity)
         offloaded = offload_layers(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llamac.runtime.errors import TargetUnknown, UsageError
@@ -24,7 +24,8 @@ class Placement:
         accelerator: computes the layers of some phases, None if there is none.
         phases: that the accelerator has, of PHASES.
         scheme: how it computes them.
-        kv_dtype: of the KV cache that all share.
+        kv_dtype: of the KV cache that all share, but for `cpu_layers`.
+        cpu_layers: layers that the accelerator leaves to the CPU.
     """
 
     target: Target
@@ -32,6 +33,46 @@ class Placement:
     phases: frozenset[str] = frozenset()
     scheme: Scheme | None = None
     kv_dtype: str = DEFAULT_KV
+    cpu_layers: frozenset[int] = frozenset()
+
+    @property
+    def cpu_kv_dtype(self) -> str:
+        """Of the KV cache of `cpu_layers`: kernels of the CPU do not read what a scheme has."""
+        has_own = self.scheme is not None and self.scheme.kv_dtype is not None
+        return DEFAULT_KV if has_own else self.kv_dtype
+
+    def with_cpu_layers(self, layers: Collection[int], num_layers: int) -> Placement:
+        """Leave layers to the CPU.
+
+        Args:
+            layers: their numbers, from 0.
+            num_layers: of the model.
+
+        Raises:
+            UsageError: there is no accelerator, no such layer, or nothing would be left for it.
+        """
+        if not layers:
+            return self
+        text = ",".join(map(str, sorted(layers)))
+        if self.accelerator is None:
+            raise UsageError(
+                f"--cpu-layers {text} has no effect here",
+                cause="the CPU computes all layers",
+                fix="leave it out, or name an accelerator with --processors",
+            )
+        if not all(0 <= layer < num_layers for layer in layers):
+            raise UsageError(
+                f"--cpu-layers {text} names layers that the model does not have",
+                cause=f"it has {num_layers} layers, 0 to {num_layers - 1}",
+                fix="correct the numbers",
+            )
+        if len(set(layers)) == num_layers:
+            raise UsageError(
+                f"--cpu-layers leaves nothing for {self.accelerator.processor}",
+                cause=f"it names all {num_layers} layers",
+                fix="compile with --processors cpu",
+            )
+        return replace(self, cpu_layers=frozenset(layers))
 
     def offloaded(self, chunks: Sequence[int]) -> list[str]:
         """Names of the functions whose layers the accelerator computes, given prefill lengths."""

@@ -80,6 +80,7 @@ class ReferenceModel:
             a SpinQuant model is wrong; tests use this to see that they would notice.
         quantize_activations: before products with int4 weights, as the checkpoint asks for it. A
             processor that computes layers in float16 does not.
+        float_layers: layers before whose products they are not, even so.
         kv_codes: of the KV cache of each layer, where it is stored so.
         observe: called with every value inside the layers.
     """
@@ -92,6 +93,7 @@ class ReferenceModel:
         kv_dtype: str = "float16",
         apply_r4: bool = True,
         quantize_activations: bool = True,
+        float_layers: frozenset[int] = frozenset(),
         kv_codes: Mapping[int, KvCodes] | None = None,
         observe: Observe | None = None,
     ) -> None:
@@ -99,6 +101,7 @@ class ReferenceModel:
         self.scale_dtype = scale_dtype
         self.kv_dtype = kv_dtype
         self._quantize_activations = quantize_activations
+        self._float_layers = float_layers
         self._kv_codes = kv_codes or {}
         self._observe = observe
         self.apply_r4 = apply_r4 and checkpoint.quant.hadamard_r4
@@ -242,11 +245,15 @@ class ReferenceModel:
         # Scales of groups are stored narrow, but for those of LPBQ, which are products.
         is_exact = scales.ndim == 1 or f"{name}.row_scales" in self._names
         stored = scales if is_exact else round_to(scales, self.scale_dtype)
-        if name.startswith("layers.") and not self._quantize_activations:
+        if name.startswith("layers.") and self._is_float(name):
             return self._float_linear(name, x, weight, stored)
         if scales.ndim == 1:
             return reference.qlinear_int8(x, weight, scales, rule=rule)
         return reference.qlinear_int4(x, weight, stored, self._lora(name), rule=rule)
+
+    def _is_float(self, name: str) -> bool:
+        """Whether a layer of a block gets its activations as they are."""
+        return not self._quantize_activations or int(name.split(".")[1]) in self._float_layers
 
     def _float_linear(
         self, name: str, x: Float64, weight: NDArray[np.int8], scales: NDArray[Any]

@@ -28,7 +28,7 @@ from llamac.compiler.frontends.recognize import can_requantize, open_checkpoint
 from llamac.compiler.layers import LayerModel
 from llamac.compiler.progress import Progress, SilentProgress
 from llamac.compiler.reference_model import ReferenceModel
-from llamac.compiler.verify_graphs import kv_codes
+from llamac.compiler.verify_graphs import graph_layers, kv_codes
 from llamac.compiler.verify_steps import OperationResult, StepVerifier, worst_by_kernel
 from llamac.compiler.verify_text import TextResult, compare_text
 from llamac.runtime.backend import BackendModel, BackendSession, Machine
@@ -238,21 +238,22 @@ def _references(
 
     A graph quantizes no activations by rows, and has the weights that it was made from.
     """
-    graphs = {graph.name for graph in program.graphs()}
+    graphs = {graph.name: graph_layers(graph) for graph in program.graphs()}
     codes = kv_codes(program.graphs())
-    models: dict[bool, ReferenceModel] = {}
+    models: dict[frozenset[int], ReferenceModel] = {}
 
     def model(function: Function) -> ReferenceModel:
-        quantizes = not graphs & {program.kernels[step.kernel].name for step in function.steps}
-        if quantizes not in models:
-            models[quantizes] = ReferenceModel(
-                checkpoint if quantizes or layers is None else layers.checkpoint,
+        names = (program.kernels[step.kernel].name for step in function.steps)
+        in_graphs = frozenset(layer for name in names for layer in graphs.get(name, ()))
+        if in_graphs not in models:
+            models[in_graphs] = ReferenceModel(
+                layers.checkpoint if in_graphs and layers is not None else checkpoint,
                 scale_dtype=scale_dtype,
                 kv_dtype="float16" if codes else kv_dtype,
-                quantize_activations=quantizes,
+                float_layers=in_graphs,
                 kv_codes=codes,
             )
-        return models[quantizes]
+        return models[in_graphs]
 
     return model(program.function("decode")), model(program.functions[0])
 

@@ -139,6 +139,11 @@ def kv_codes(graphs: Sequence[GraphShape]) -> dict[int, KvCodes]:
     }
 
 
+def graph_layers(graph: GraphShape) -> frozenset[int]:
+    """Numbers of the layers that a graph computes."""
+    return frozenset(int(name.split(".")[1]) for name in graph.layers)
+
+
 def _codes(fields: Mapping[str, Any] | None) -> Quantization | None:
     return None if fields is None else Quantization(**fields)
 

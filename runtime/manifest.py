@@ -177,7 +177,7 @@ class SchemeEntry:
 
     `weights` is their form ("checkpoint": as they were). `calibration_sha256` is that of the token
     ids that showed the ranges of values, as little-endian int32; `loss_db` the signal to noise that
-    other weights left of each linear layer's outputs on them.
+    other weights left of each linear layer's outputs on them. The CPU computes `cpu_layers`.
     """
 
     name: Name
@@ -186,6 +186,7 @@ class SchemeEntry:
     calibration_tokens: NotNegative = 0
     calibration_sha256: Sha256 | None = None
     loss_db: Mapping[str, float] = field(default_factory=dict)
+    cpu_layers: tuple[NotNegative, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -129,11 +129,13 @@ class Layers:
         scheme: how they are computed.
         weights: all tensors of the model, those of the layers in the scheme's form.
         ranges: of the values inside, by their labels (`targets/chunk.py`), if it is calibrated.
+        on_cpu: layers that the accelerator leaves to the CPU.
     """
 
     scheme: Scheme
     weights: WeightReader
     ranges: Mapping[str, ValueRange]
+    on_cpu: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -86,8 +86,19 @@ class Chunk:
         return tuple(dict.fromkeys(n for n in layers if not n.endswith("_cache")))
 
 
-def cut_chunks(mod: IRModule, function: str, layers_per_chunk: int) -> list[Chunk]:
-    """Cut a function into chunks of that many layers (the last may have fewer).
+def cut_chunks(
+    mod: IRModule,
+    function: str,
+    layers_per_chunk: int,
+    without: Collection[int] = (),
+) -> list[Chunk]:
+    """Cut a function into chunks of that many layers, fewer before a gap and at the end.
+
+    Args:
+        mod: of composites.
+        function: its name.
+        layers_per_chunk: at most.
+        without: layers that go into no chunk.
 
     Raises:
         CoverageError: layers exchange more than the residual stream.
@@ -96,13 +107,22 @@ def cut_chunks(mod: IRModule, function: str, layers_per_chunk: int) -> list[Chun
     by_layer: dict[int, list[Step]] = {}
     for layer, step in _with_layers(steps):
         by_layer.setdefault(layer, []).append(step)
-    numbers = list(by_layer)
     chunks = []
-    for start in range(0, len(numbers), layers_per_chunk):
-        layers = tuple(numbers[start : start + layers_per_chunk])
+    for layers in _runs([layer for layer in by_layer if layer not in without], layers_per_chunk):
         inside = [step for layer in layers for step in by_layer[layer]]
         chunks.append(_make_chunk(function, layers, inside, steps, specs))
     return chunks
+
+
+def _runs(layers: Sequence[int], most: int) -> list[tuple[int, ...]]:
+    """Divide ascending numbers into runs of consecutive ones, each of at most that many."""
+    runs: list[tuple[int, ...]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1 and len(runs[-1]) < most:
+            runs[-1] += (layer,)
+        else:
+            runs.append((layer,))
+    return runs
 
 
 def _make_chunk(

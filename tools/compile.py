@@ -89,6 +89,14 @@ def _add_scheme_options(group: argparse._ArgumentGroup) -> None:
         "first)",
     )
     group.add_argument(
+        "--cpu-layers",
+        metavar="LIST",
+        type=_layers,
+        default=(),
+        help="layers that the accelerator leaves to the CPU, as 0,14-15, with the checkpoint's own "
+        "weights; the manifest tells what each layer loses on the accelerator (default: none)",
+    )
+    group.add_argument(
         "--calibrate",
         metavar="FILE",
         type=Path,
@@ -101,6 +109,17 @@ def _add_scheme_options(group: argparse._ArgumentGroup) -> None:
         type=positive_int,
         help="of that text, at most (default: 512 for a scheme, 2048 for --quantize)",
     )
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """Numbers and ranges of layers: "0,14-15"."""
+    found: list[int] = []
+    for part in _names(text):
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or last == first or "-" not in part)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not like 0,14-15")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(dict.fromkeys(found))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -237,6 +256,7 @@ def _config(args: argparse.Namespace) -> CompileConfig:
         out=args.output,
         processors=args.processors,
         placement=args.place,
+        cpu_layers=args.cpu_layers,
         scheme=args.scheme,
         calibration=args.calibrate,
         calibration_tokens=args.calibration_tokens or CompileConfig.calibration_tokens,

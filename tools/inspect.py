@@ -68,7 +68,7 @@ def sections(manifest: Manifest) -> list[tuple[str, list[Row]]]:
         ("quantization", _rows(document["quantization"])),
         ("target", _target_rows(document["target"])),
         ("memory", [*_rows(sizes), ("all while running", format_bytes(total))]),
-        ("functions", [_function_row(function) for function in manifest.functions]),
+        ("functions", _function_rows(manifest)),
         *((f"graph {graph.name}", _graph_rows(graph)) for graph in manifest.graphs),
         ("tokenizer", _tokenizer_rows(document["tokenizer"])),
         ("verification", _verification_rows(manifest)),
@@ -97,6 +97,14 @@ def _target_rows(target: Mapping[str, Any]) -> list[Row]:
     rows = _rows({name: value for name, value in target.items() if name != "levels"})
     for level in target["levels"]:
         rows.append((f"level {level['name']}", " ".join(level["features"]) or "any CPU"))
+    return rows
+
+
+def _function_rows(manifest: Manifest) -> list[Row]:
+    """Who computes the functions, and layers that are left to the CPU everywhere."""
+    rows = [_function_row(function) for function in manifest.functions]
+    if manifest.scheme is not None and manifest.scheme.cpu_layers:
+        rows.append(("layers on cpu", ", ".join(map(str, manifest.scheme.cpu_layers))))
     return rows
 
 

@@ -143,8 +143,8 @@ class NeuroPilot(Target):
         from llamac.targets.outline import outline  # noqa: PLC0415
 
         weight_bytes = layer_weight_bytes(layers.weights, layers.scheme.name)
-        count = layers_per_chunk(weight_bytes, len(cut_chunks(mod, functions[0], 1)))
-        chunks = [chunk for name in functions for chunk in cut_chunks(mod, name, count)]
+        count = layers_per_chunk(weight_bytes, len(cut_chunks(mod, functions[0], 1, layers.on_cpu)))
+        chunks = [c for name in functions for c in cut_chunks(mod, name, count, layers.on_cpu)]
         folder = out / FOLDER
         folder.mkdir()
         compiler = find_compiler(self.soc)

@@ -93,9 +93,9 @@ class QnnHtp(Target):
         )
 
         target, weights = htp_of(self.soc), layers.weights
-        num_layers = len(cut_chunks(mod, functions[0], 1))
+        num_layers = len(cut_chunks(mod, functions[0], 1, layers.on_cpu))
         count = layers_per_chunk(layer_weight_bytes(weights), num_layers)
-        chunks = [chunk for name in functions for chunk in cut_chunks(mod, name, count)]
+        chunks = [c for name in functions for c in cut_chunks(mod, name, count, layers.on_cpu)]
         folder = out / FOLDER
         folder.mkdir()
         codes: dict[str, Codes] = {}

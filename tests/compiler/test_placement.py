@@ -127,6 +127,31 @@ def test_schemes_that_do_not_fit_are_refused(
         place_processors(SOC, processors, wanted, dtypes, scheme)
 
 
+def test_layers_are_left_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cache that its kernels read, whatever the scheme has."""
+    monkeypatch.setitem(CLASSES, "qnn-htp", Integers)
+    dtypes = {"--scales": "float16", "--kv-cache": None}
+    placed = place_processors(SOC, ("cpu", "htp"), {}, dtypes, "a16w8").with_cpu_layers((3, 0), 4)
+    assert placed.cpu_layers == {0, 3}
+    assert (placed.kv_dtype, placed.cpu_kv_dtype) == ("int8", "float16")
+    assert place("cpu", "htp").with_cpu_layers((), 4).cpu_layers == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("processors", "layers", "words"),
+    [
+        (("cpu",), (0,), "--cpu-layers 0 has no effect"),
+        (("cpu", "htp"), (1, 4), "--cpu-layers 1,4 names layers that the model does not have"),
+        (("cpu", "htp"), (0, 1, 2, 3), "leaves nothing for htp"),
+    ],
+)
+def test_layers_that_cannot_be_left_are_refused(
+    processors: tuple[str, ...], layers: tuple[int, ...], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        place(*processors).with_cpu_layers(layers, 4)
+
+
 def test_an_accelerator_has_no_kernels() -> None:
     target = QnnHtp(load_soc(SOC))
     assert target.is_accelerator and not ArmCpu(load_soc(SOC)).is_accelerator

@@ -143,6 +143,34 @@ def test_a_bundle_says_which_sdk_compiled_it(
     assert "LiteRT" in llamac("run", out, PROMPT, "--emulate", "--max-tokens", 4).stderr
 
 
+def test_layers_stay_on_the_cpu(
+    llamac: Callable[..., Any], tiny: Path, pages: Path, tmp_path: Path
+) -> None:
+    """The first and the third, with their own weights and a cache of the CPU's: all is verified."""
+    out, model = tmp_path / "out", tiny / "spinquant"
+    options = ("--target", SOC, "--processors", "cpu,apu", "--chunks", 8, "--context", 128)
+    chosen = ("--cpu-layers", "0,2-2", "--calibrate", pages)
+    llamac("compile", model, *options, *chosen, "-o", out)
+    manifest = read_manifest(out)
+    assert manifest.scheme is not None and manifest.scheme.cpu_layers == (0, 2)
+    assert {graph.layers for graph in manifest.graphs} == {(1,), (3,)}
+    assert {name.split(".")[1] for name in manifest.scheme.loss_db} == {"1", "3"}
+    assert manifest.verification.status == "passed"
+    report = verify_bundle(
+        out,
+        model,
+        max_tokens=24,
+        machine=find_stand_in(),
+        calibration=pages.read_text("utf-8"),
+        all_functions=True,
+    )
+    assert report.passed, report.failures
+    families = {o.family for o in report.operations}
+    assert {"graph", "append", "attention", "rope"} <= families
+    assert "layers on cpu" in llamac("inspect", out).stdout
+    assert "LiteRT" in llamac("run", out, PROMPT, "--emulate", "--max-tokens", 4).stderr
+
+
 # -- the process that executes the graphs ---------------------------------------------------------
 
 
@@ -275,6 +303,8 @@ def test_a_level_cannot_be_chosen(apu_bundle: Callable[..., Path]) -> None:
         (("--place", "decode=cpu"), "usage", "cannot divide a model in the scheme a16w8"),
         (("--target", "genio1200"), "toolchain-missing", "a version of NeuroPilot for genio1200"),
         ((), "usage", "needs --calibrate FILE"),
+        (("--cpu-layers", "9", "--calibrate", __file__), "usage", "it has 4 layers, 0 to 3"),
+        (("--cpu-layers", "1..2"), "usage", "is not like 0,14-15"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(
