@@ -133,13 +133,19 @@ class ReferenceModel:
 
     def greedy(self, prompt: Sequence[int], n: int) -> list[int]:
         """The `n` tokens that follow `prompt` when the likeliest one is taken each time."""
+        return self.generate(prompt, n, lambda logits: int(reference.argmax(logits[None])[0]))
+
+    def generate(
+        self, prompt: Sequence[int], n: int, choose: Callable[[Float64], int]
+    ) -> list[int]:
+        """The `n` tokens that follow `prompt`, each chosen from its logits [V]."""
         cache = self._empty_cache()
         generated: list[int] = []
         pending, position = list(prompt), 0
         while len(generated) < n:
             hidden = self._hidden(pending, cache, position)
             position += len(pending)
-            pending = [int(reference.argmax(self._output(hidden[-1:]))[0])]
+            pending = [choose(self._output(hidden[-1:])[0])]
             generated += pending
         return generated
 
