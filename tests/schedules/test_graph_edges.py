@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -189,10 +189,13 @@ def test_a_graph_is_a_table_and_a_function_in_c():
 def test_a_graph_for_mediatek_has_its_own_table_and_functions():
     """The runner compares hash and SoC; nothing of Qualcomm's is there."""
     text = "\n".join(graph_source([example(NEURON)]))
-    assert f'UINT64_C(4096), "{"a" * 64}", "mt6991", graph_0_tensors, 1, 1}}' in text
+    assert f'UINT64_C(4096), "{"a" * 64}", "mt6991", NULL, graph_0_tensors, 1, 1}}' in text
     assert "llamac_neuron_open_beside(graphs, 1, folder, &opened, error)" in text
     assert "llamac_neuron_call(self, 0, args, num_args)" in text
     assert "qnn/qnn.h" not in text and "llamac_graphs_open" not in text
+    compiled = replace(NEURON, dla="apu/g.dla", dla_bytes=99)
+    text = "\n".join(graph_source([example(compiled)]))
+    assert '&(const llamac_neuron_dla){"apu\\057g.dla", UINT64_C(99)}, graph_0' in text
 
 
 @pytest.mark.parametrize("vendor", [QNN, NEURON])

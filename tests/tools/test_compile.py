@@ -64,6 +64,7 @@ def test_compile_passes_its_defaults(compiler: Compiler) -> None:
         "threads": 2,
         "records": None,
         "require_tuned": False,
+        "cpu_layers": (),
         "scheme": None,
         "calibration": None,
         "calibration_tokens": 512,
@@ -78,7 +79,8 @@ def test_compile_passes_its_options(compiler: Compiler, tmp_path: Path) -> None:
     options = (
         "--processors htp,cpu --place prefill=htp --context 4096 --chunks 64,8 --scales bfloat16 "
         "--kv-cache int8 --rope-factor 32 --tokenizer t.model --name n --no-verify "
-        "--scheme a16w4 --calibrate c.txt --calibration-tokens 64 --requantize --lora adapter "
+        "--scheme a16w4 --cpu-layers 0,14-15 --calibrate c.txt --calibration-tokens 64 "
+        "--requantize --lora adapter "
         "--verify-text v.txt --dump ir --records r.jsonl --require-tuned "
         f"--force --threads 1 --report {tmp_path / 'report.json'}"
     )
@@ -104,6 +106,7 @@ def test_compile_passes_its_options(compiler: Compiler, tmp_path: Path) -> None:
         "threads": 1,
         "records": Path("r.jsonl"),
         "require_tuned": True,
+        "cpu_layers": (0, 14, 15),
         "scheme": "a16w4",
         "calibration": Path("c.txt"),
         "calibration_tokens": 64,
