@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamac.compiler.checkpoint import TensorInfo, check_finite, check_scales
+from llamac.compiler.checkpoint import TensorInfo, check_finite, check_scales, same_values
 from llamac.compiler.config import QuantConfig
 from llamac.compiler.frontends.forms import FORMS, Form, Loss, Stored, measure
+from llamac.compiler.frontends.hf_tensors import FloatWeights
 
 
 @dataclass(frozen=True)
@@ -96,3 +97,12 @@ def make_tokenizer(weights: ConvertedWeights, write: Callable[[Path], None]) -> 
     path = Path(folder) / "tokenizer.model"
     write(path)
     return path
+
+
+def is_same_table(first: Stored, last: Stored) -> bool:
+    """Whether embedding and output are one tensor, or equal ones of floats."""
+    if first is last:
+        return True
+    if not isinstance(first, FloatWeights) or not isinstance(last, FloatWeights):
+        return False
+    return first.type == last.type and same_values(first.tensor.data, last.tensor.data)

@@ -21,12 +21,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from llamac.compiler.checkpoint import Checkpoint, same_values
+from llamac.compiler.checkpoint import Checkpoint
 from llamac.compiler.config import LlamaConfig
 from llamac.compiler.frontends.converted import (
     ConvertedWeights,
     Layer,
     conversion_notes,
+    is_same_table,
     make_tokenizer,
     read_quant,
 )
@@ -131,7 +132,7 @@ class _Model:
             return embedding, self.matrix(_OUTPUT, shape)
         if f"{_OUTPUT}.weight" in self.table:
             output = self.matrix(_OUTPUT, shape)
-            if not _is_same(embedding, output):
+            if not is_same_table(embedding, output):
                 raise TensorInvalid(
                     f"{self.table.files.path}: lm_head.weight is not model.embed_tokens.weight, "
                     "though tie_word_embeddings is true.",
@@ -140,15 +141,6 @@ class _Model:
                     "itself.",
                 )
         return embedding, embedding
-
-
-def _is_same(first: Stored, last: Stored) -> bool:
-    """Whether embedding and output are one tensor, or equal ones of floats."""
-    if first is last:
-        return True
-    if not isinstance(first, FloatWeights) or not isinstance(last, FloatWeights):
-        return False
-    return first.type == last.type and same_values(first.tensor.data, last.tensor.data)
 
 
 def _has_wide_scales(layer: Layer) -> bool:
@@ -225,5 +217,5 @@ def from_hf(
         weights=weights,
         tokenizer=tokenizer,
         notes=(*notes, *chat_notes(folder), *conversion_notes(layers)),
-        shared_embedding=_is_same(layers[0].stored, layers[-1].stored),
+        shared_embedding=is_same_table(layers[0].stored, layers[-1].stored),
     )

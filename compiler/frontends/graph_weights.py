@@ -1,0 +1,145 @@
+"""From the matrices of a graph to weights as files have them: floats, or codes with scales.
+
+A matrix may be a tensor as it is, its transpose, or computed from codes: a chain that a quantizer
+left. Which of them is found out like everything else, by computing it: from numbers that count the
+elements, or by comparing with codes times scales. Codes are taken over as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llamac.compiler.frontends.forms import Stored
+from llamac.compiler.frontends.graph import Array, Graph
+from llamac.compiler.frontends.hf_packed import TorchaoWeights
+from llamac.compiler.frontends.hf_tensors import FLOATS, FloatWeights, RowOrder
+from llamac.compiler.frontends.safetensors_file import SafeTensor
+
+_INT4 = (-8, 7)
+_PROBED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix of a model.
+
+    Attributes:
+        value: its name in the graph.
+        is_transposed: the value is [K, N].
+        shape: [N, K].
+        order: of the rows.
+    """
+
+    value: str
+    is_transposed: bool
+    shape: tuple[int, int]
+    order: RowOrder
+
+
+def stored_vector(graph: Graph, name: str | None, size: int) -> Stored:
+    """The weights of a norm; ones if it has none."""
+    if name is None:
+        tensor = SafeTensor("(no weights)", "F32", np.ones(size, np.float32))
+    else:
+        tensor = graph.weights[name].stored()
+    return FloatWeights(tensor, RowOrder(size))
+
+
+def stored_matrix(graph: Graph, matrix: Matrix) -> Stored:
+    """The weights of a layer as the graph has them.
+
+    Raises:
+        ModelUnsupported: they are computed in a way that is not known.
+    """
+    leaves = sorted(graph.reached([matrix.value]) & graph.weights.keys())
+    tensors = {name: graph.weights[name].stored() for name in leaves}
+    floats = [name for name in leaves if tensors[name].dtype in FLOATS]
+    if len(leaves) == 1 and floats:
+        return _float_matrix(graph, matrix, leaves[0], tensors[leaves[0]])
+    shapes = (matrix.shape, matrix.shape[::-1])
+    codes = [n for n in leaves if tensors[n].dtype == "I8" and tensors[n].shape in shapes]
+    if len(codes) == 1:
+        return _coded_matrix(graph, matrix, codes[0], tensors)
+    raise graph.refuse(
+        f"the matrix {matrix.value!r} is computed from {len(leaves)} tensors, of which "
+        f"{len(codes)} are int8 codes"
+    )
+
+
+def _float_matrix(graph: Graph, matrix: Matrix, name: str, tensor: SafeTensor) -> Stored:
+    """A tensor, or its transpose."""
+    is_turned = matrix.is_transposed
+    if matrix.value != name:
+        count = np.arange(np.prod(tensor.shape), dtype=np.float64).reshape(tensor.shape)
+        [found] = graph.evaluate([matrix.value], {name: count})
+        if np.array_equal(found, count):
+            pass
+        elif np.array_equal(found, count.T):
+            is_turned = not is_turned
+        else:
+            raise graph.refuse(f"the matrix {matrix.value!r} is no transpose of {name!r}")
+    data = tensor.data.T if is_turned else tensor.data
+    _check_shape(graph, matrix, data)
+    return FloatWeights(SafeTensor(tensor.name, tensor.dtype, data), matrix.order)
+
+
+def _coded_matrix(
+    graph: Graph, matrix: Matrix, name: str, tensors: dict[str, SafeTensor]
+) -> Stored:
+    """Codes [N, K] of int8 with scales [N, G], and zero points if they are not 0."""
+    codes = tensors[name]
+    _check_shape(graph, matrix, codes.data)
+    rows, columns = codes.shape
+    [values] = graph.evaluate([matrix.value], {})
+    values = values.T if matrix.is_transposed else values
+    candidates = [t for n, t in tensors.items() if n != name and t.data.size % rows == 0]
+    zero_points: Sequence[SafeTensor | None] = [*candidates, None]
+    for scales in candidates:
+        if scales.dtype not in FLOATS or columns % max(1, scales.data.size // rows):
+            continue
+        for zeros in zero_points:
+            made = _packed(matrix, codes, scales, zeros)
+            if made is not None and _is_same(made, matrix, values):
+                return made
+    raise graph.refuse(
+        f"the matrix {matrix.value!r} is not (codes - zero points) * scales of the tensors that it "
+        "is computed from"
+    )
+
+
+def _packed(
+    matrix: Matrix, codes: SafeTensor, scales: SafeTensor, zeros: SafeTensor | None
+) -> TorchaoWeights | None:
+    """A layer of these tensors; None: their shapes do not go together."""
+    rows = codes.shape[0]
+    grouped = SafeTensor(scales.name, scales.dtype, scales.data.reshape(rows, -1))
+    if zeros is None:
+        none = np.zeros(grouped.shape, np.float32)
+        zeros = SafeTensor("(no zero points)", "F32", none)
+    if zeros.data.size != grouped.data.size:
+        return None
+    points = SafeTensor(zeros.name, zeros.dtype, zeros.data.reshape(rows, -1))
+    low, high = int(codes.data.min()), int(codes.data.max())
+    bits = 4 if _INT4[0] <= low and high <= _INT4[1] else 8
+    name = codes.name.removesuffix(".qdata").removesuffix(".weight")
+    groups = grouped.shape[1]
+    return TorchaoWeights(
+        (codes, grouped, points), bits, name, "torch", codes.shape, groups, matrix.order
+    )
+
+
+def _is_same(made: TorchaoWeights, matrix: Matrix, values: Array) -> bool:
+    """Whether a layer has the values of the graph, on some rows, up to float32's rounding."""
+    rows = np.unique(np.linspace(0, matrix.shape[0] - 1, _PROBED_ROWS).astype(np.intp))
+    file_rows = matrix.order.indices(rows)
+    return np.allclose(made.values(rows), values[file_rows], rtol=1e-6, atol=0)
+
+
+def _check_shape(graph: Graph, matrix: Matrix, data: Array) -> None:
+    if data.shape != matrix.shape:
+        raise graph.refuse(
+            f"the matrix {matrix.value!r} is {list(data.shape)}, expected {list(matrix.shape)}"
+        )
