@@ -97,9 +97,12 @@ class _Archive:
             with zipfile.ZipFile(path) as archive, path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
                 self._members = {i.filename: self._place(i) for i in archive.infolist()}
-        except (OSError, zipfile.BadZipFile, ValueError) as error:
-            raise self.damaged(str(error)[:120]) from error
-        [self._root] = {name.partition("/")[0] for name in self._members} or {""}
+        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise self.damaged(f"{error!s:.120}") from error
+        roots = {name.partition("/")[0] for name in self._members}
+        if len(roots) != 1:
+            raise self.damaged(f"it holds {len(roots)} folders")
+        [self._root] = roots
 
     def damaged(self, what: str) -> CheckpointUnreadable:
         """The error for an archive that cannot be read."""

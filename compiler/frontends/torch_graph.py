@@ -16,6 +16,7 @@ from llamac.compiler.frontends.torch_ops import (
     compute,
     is_known,
     shape_only,
+    window_of,
 )
 from llamac.compiler.frontends.torch_quant import check_quantizers
 
@@ -106,6 +107,12 @@ def make_graph(
             f"it has operations that llamac does not know: {', '.join(unknown)}", ADVICE
         )
     check_quantizers(graph, nodes)
+    for node in nodes:
+        if needed.intersection(node.outputs) and (window := window_of(node)) is not None:
+            raise graph.refuse(
+                f"{node.op} ({node.name}) compares positions with {window}: attention over a "
+                "sliding window"
+            )
     return graph
 
 

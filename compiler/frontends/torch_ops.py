@@ -8,6 +8,7 @@ that a matrix has codes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,14 @@ _SHAPE_ONLY = {
     **dict.fromkeys(("ones_like", "zeros_like", "empty_like", "full_like"), 0),
     **dict.fromkeys(("new_ones", "new_zeros", "new_full", "sym_size", "sym_numel", "numel"), 0),
 }
+
+
+# Operations whose arguments alone tell how much memory they take.
+_MAKERS = frozenset(
+    "arange empty eye full linspace new_full new_ones new_zeros ones repeat zeros".split()
+)
+_MOST_ELEMENTS = 1 << 28
+_WINDOW = 4  # fewer positions than are computed show
 
 
 class UnknownOperation(Exception):
@@ -104,6 +113,7 @@ def compute(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if rest.startswith(_ASSERTIONS):
         return None
     function = find_operation(node.op)
+    _check_size(rest.partition(".")[0], (*args, *kwargs.values()))
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -114,6 +124,21 @@ def compute(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return result
 
 
+def _check_size(operation: str, args: Sequence[Any]) -> None:
+    """Keep a damaged file from asking for absurd allocations.
+
+    Raises:
+        ValueError: it does.
+    """
+    if operation not in _MAKERS:
+        return
+    for given in args:
+        sizes = given if isinstance(given, list | tuple) else [given]
+        count = math.prod(n for n in sizes if isinstance(n, int))
+        if abs(count) > _MOST_ELEMENTS:
+            raise ValueError(f"it asks for {count} elements")
+
+
 def _wide(value: Any) -> Any:
     """A dtype of floats that is asked for, made float64."""
     if isinstance(value, torch.dtype):
@@ -121,6 +146,19 @@ def _wide(value: Any) -> Any:
             return torch.float64
         return torch.complex128 if value.is_complex else value
     return value
+
+
+def window_of(node: Node) -> int | None:
+    """How far a comparison of positions looks back, if it has a number for that.
+
+    A mask of a sliding window compares positions less a constant. Few positions are computed when
+    a model is recognized, so that a longer window would not show.
+    """
+    kind = node.op.split(".")[1] if node.op.startswith("aten.") else ""
+    numbers = [arg for arg in node.args if isinstance(arg, int) and not isinstance(arg, bool)]
+    if kind not in ("sub", "lt", "le", "gt", "ge") or not numbers or abs(numbers[0]) < _WINDOW:
+        return None
+    return abs(numbers[0])
 
 
 def as_linear(node: Node, constants: frozenset[str]) -> Linear | None:

@@ -326,6 +326,21 @@ def test_what_is_no_llama_is_refused(
         from_torch(program, tokenizer=tokenizer)
 
 
+def test_a_sliding_window_is_refused(models: ModuleType, tokenizer: Path) -> None:
+    """It would not show in the few positions that are computed; without one Mistral is a Llama."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": VOCAB}
+    for window in (100, None):
+        config = transformers.MistralConfig(**sizes, **heads, sliding_window=window)
+        program = export(models.Logits(transformers.MistralForCausalLM(config).eval()))
+        if window is None:
+            assert from_torch(program, tokenizer=tokenizer).config.num_kv_heads == 1
+            continue
+        with pytest.raises(ModelUnsupported, match="positions with 100: attention over a sliding"):
+            from_torch(program, tokenizer=tokenizer)
+
+
 def test_operations_that_are_not_on_the_list_are_refused(
     models: ModuleType, tokenizer: Path
 ) -> None:

@@ -78,10 +78,9 @@ def test_compile_passes_its_options(compiler: Compiler, tmp_path: Path) -> None:
     """Every option reaches the configuration."""
     options = (
         "--processors htp,cpu --place prefill=htp --context 4096 --chunks 64,8 --scales bfloat16 "
-        "--kv-cache int8 --rope-factor 32 --tokenizer t.model --name n --no-verify "
+        "--kv-cache int8 --rope-factor 32 --tokenizer t.model --name n --no-verify --requantize "
         "--scheme a16w4 --cpu-layers 0,14-15 --calibrate c.txt --calibration-tokens 64 "
-        "--requantize --lora adapter "
-        "--verify-text v.txt --dump ir --records r.jsonl --require-tuned "
+        "--lora adapter --verify-text v.txt --dump ir --records r.jsonl --require-tuned "
         f"--force --threads 1 --report {tmp_path / 'report.json'}"
     )
     assert main(["compile", "model", "--target", "sm8650", "-o", "out", *options.split()]) == 0
