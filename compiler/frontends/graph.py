@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llamac.compiler.frontends.hf_packed import PackedWeights
+from llamac.compiler.frontends.hf_tensors import RowOrder
 from llamac.compiler.frontends.safetensors_file import SafeTensor
 from llamac.runtime.errors import ModelUnsupported
 
@@ -97,6 +99,9 @@ class Linear:
     has_bias: bool = False
 
 
+Packed = Callable[[slice, RowOrder], PackedWeights]
+"""Makes the weights of some rows of a matrix, in an order."""
+
 Compute = Callable[[Node, Sequence[Any], Mapping[str, Any]], Any]
 
 
@@ -115,6 +120,7 @@ class Graph:
         to_array, from_array: between those and numpy's.
         as_linear: tells whether a node is a product with a matrix, given names of constants.
         as_embedding: names of table and tokens if a node looks up rows.
+        packed: makes the weights of matrices that are codes in a form of the file's own.
     """
 
     source: str
@@ -128,6 +134,7 @@ class Graph:
     from_array: Callable[[Array], Any]
     as_linear: Callable[[Node, frozenset[str]], Linear | None]
     as_embedding: Callable[[Node, frozenset[str]], tuple[str, str] | None]
+    packed: Mapping[str, Packed] = field(default_factory=dict)
     makers: Mapping[str, Node] = field(init=False)
 
     def __post_init__(self) -> None:

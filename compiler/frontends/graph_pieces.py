@@ -24,15 +24,14 @@ class Pieces:
     Args:
         graph: of the model.
         tokens: name of the input that is looked up in the embedding.
+        edges: values between pieces. Where only the shape of one matters, it is filled in.
 
     Attributes:
         num_tokens: T.
-        edges: values between pieces. Where only the shape of one matters, it is filled in.
     """
 
-    def __init__(self, graph: Graph, tokens: str) -> None:
-        self._graph = graph
-        self.edges: frozenset[str] = frozenset()
+    def __init__(self, graph: Graph, tokens: str, edges: frozenset[str]) -> None:
+        self._graph, self._edges = graph, edges
         *batch, count = graph.inputs[tokens].shape or (None,)
         self.num_tokens = count or _TOKENS
         self._batch = math.prod(size or 1 for size in batch)
@@ -47,7 +46,7 @@ class Pieces:
 
     def piece(self, names: Sequence[str], value: str) -> Piece:
         """The function from values of these names to another value."""
-        others = self._graph.reached([value], self.edges) & self.edges - {*names, value}
+        others = self._graph.reached([value], self._edges) & self._edges - {*names, value}
         blank = {
             n: self._shaped(n, np.zeros((self.num_tokens, self.shape_of(n)[-1]))) for n in others
         }
@@ -62,6 +61,10 @@ class Pieces:
     def width(self, linear: Linear) -> int:
         """N of a matrix."""
         return self.shape_of(linear.node.name)[-1]
+
+    def columns(self, linear: Linear) -> int:
+        """K of a matrix."""
+        return self.shape_of(linear.weight)[-2 if linear.is_transposed else -1]
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape of a value; sizes that are not fixed are 1."""
@@ -82,6 +85,8 @@ class Pieces:
         if name == tokens:
             shape = (*(size or 1 for size in what.shape[:-1]), self.num_tokens)
             return np.zeros(shape, np.int64)
+        if "past" in name and what.kind == "f":  # an empty cache
+            return np.zeros([size or (0 if i else 1) for i, size in enumerate(what.shape)])
         if "pos" in name and what.kind in "iu":
             return np.broadcast_to(np.arange(shape[-1] if shape else 1), shape).astype(np.int64)
         if "mask" in name and what.kind in "iub":

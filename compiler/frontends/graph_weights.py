@@ -19,6 +19,7 @@ from llamac.compiler.frontends.hf_tensors import FLOATS, FloatWeights, RowOrder
 from llamac.compiler.frontends.safetensors_file import SafeTensor
 
 _INT4 = (-8, 7)
+_RANK = 2
 _PROBED_ROWS = 256
 
 
@@ -29,13 +30,15 @@ class Matrix:
     Attributes:
         value: its name in the graph.
         is_transposed: the value is [K, N].
-        shape: [N, K].
-        order: of the rows.
+        shape: [N, K] of the part that is wanted.
+        rows: of the matrix that are this part.
+        order: of the rows of the part.
     """
 
     value: str
     is_transposed: bool
     shape: tuple[int, int]
+    rows: slice
     order: RowOrder
 
 
@@ -54,13 +57,21 @@ def stored_matrix(graph: Graph, matrix: Matrix) -> Stored:
     Raises:
         ModelUnsupported: they are computed in a way that is not known.
     """
+    if matrix.value in graph.packed:
+        return graph.packed[matrix.value](matrix.rows, matrix.order)
     leaves = sorted(graph.reached([matrix.value]) & graph.weights.keys())
     tensors = {name: graph.weights[name].stored() for name in leaves}
     floats = [name for name in leaves if tensors[name].dtype in FLOATS]
     if len(leaves) == 1 and floats:
         return _float_matrix(graph, matrix, leaves[0], tensors[leaves[0]])
-    shapes = (matrix.shape, matrix.shape[::-1])
-    codes = [n for n in leaves if tensors[n].dtype == "I8" and tensors[n].shape in shapes]
+    columns = matrix.shape[1]
+    codes = [
+        n
+        for n in leaves
+        if tensors[n].dtype == "I8"
+        and len(tensors[n].shape) == _RANK
+        and tensors[n].shape[0 if matrix.is_transposed else 1] == columns
+    ]
     if len(codes) == 1:
         return _coded_matrix(graph, matrix, codes[0], tensors)
     raise graph.refuse(
@@ -81,7 +92,7 @@ def _float_matrix(graph: Graph, matrix: Matrix, name: str, tensor: SafeTensor) -
             is_turned = not is_turned
         else:
             raise graph.refuse(f"the matrix {matrix.value!r} is no transpose of {name!r}")
-    data = tensor.data.T if is_turned else tensor.data
+    data = (tensor.data.T if is_turned else tensor.data)[matrix.rows]
     _check_shape(graph, matrix, data)
     return FloatWeights(SafeTensor(tensor.name, tensor.dtype, data), matrix.order)
 
@@ -90,18 +101,14 @@ def _coded_matrix(
     graph: Graph, matrix: Matrix, name: str, tensors: dict[str, SafeTensor]
 ) -> Stored:
     """Codes [N, K] of int8 with scales [N, G], and zero points if they are not 0."""
-    codes = tensors[name]
-    _check_shape(graph, matrix, codes.data)
-    rows, columns = codes.shape
+    codes = tensors[name].data.T if matrix.is_transposed else tensors[name].data
     [values] = graph.evaluate([matrix.value], {})
     values = values.T if matrix.is_transposed else values
-    candidates = [t for n, t in tensors.items() if n != name and t.data.size % rows == 0]
-    zero_points: Sequence[SafeTensor | None] = [*candidates, None]
-    for scales in candidates:
-        if scales.dtype not in FLOATS or columns % max(1, scales.data.size // rows):
-            continue
+    others = [tensor for other, tensor in tensors.items() if other != name]
+    zero_points: Sequence[SafeTensor | None] = [*others, None]
+    for scales in others:
         for zeros in zero_points:
-            made = _packed(matrix, codes, scales, zeros)
+            made = _packed(matrix, SafeTensor(name, "I8", codes), scales, zeros)
             if made is not None and _is_same(made, matrix, values):
                 return made
     raise graph.refuse(
@@ -114,28 +121,44 @@ def _packed(
     matrix: Matrix, codes: SafeTensor, scales: SafeTensor, zeros: SafeTensor | None
 ) -> TorchaoWeights | None:
     """A layer of these tensors; None: their shapes do not go together."""
-    rows = codes.shape[0]
-    grouped = SafeTensor(scales.name, scales.dtype, scales.data.reshape(rows, -1))
-    if zeros is None:
-        none = np.zeros(grouped.shape, np.float32)
-        zeros = SafeTensor("(no zero points)", "F32", none)
-    if zeros.data.size != grouped.data.size:
+    total, columns = codes.shape
+    grouped = _by_rows(scales, total, matrix.is_transposed)
+    if scales.dtype not in FLOATS or grouped is None or columns % grouped.shape[1]:
         return None
-    points = SafeTensor(zeros.name, zeros.dtype, zeros.data.reshape(rows, -1))
-    low, high = int(codes.data.min()), int(codes.data.max())
+    points = np.zeros(grouped.shape, np.float32)
+    kind = "F32"
+    if zeros is not None:
+        found = _by_rows(zeros, total, matrix.is_transposed)
+        if found is None or found.shape != grouped.shape:
+            return None
+        points, kind = found, zeros.dtype
+    wanted = SafeTensor(codes.name, "I8", codes.data[matrix.rows])
+    low, high = int(wanted.data.min()), int(wanted.data.max())
     bits = 4 if _INT4[0] <= low and high <= _INT4[1] else 8
-    name = codes.name.removesuffix(".qdata").removesuffix(".weight")
-    groups = grouped.shape[1]
-    return TorchaoWeights(
-        (codes, grouped, points), bits, name, "torch", codes.shape, groups, matrix.order
+    parts = (
+        wanted,
+        SafeTensor(scales.name, scales.dtype, grouped[matrix.rows]),
+        SafeTensor("zero points", kind, points[matrix.rows]),
     )
+    name = codes.name.removesuffix(".qdata").removesuffix(".weight")
+    return TorchaoWeights(parts, bits, name, "graph", matrix.shape, grouped.shape[1], matrix.order)
+
+
+def _by_rows(tensor: SafeTensor, rows: int, is_transposed: bool) -> Array | None:
+    """Scales or zero points as [N, G]; None: they are not of that many rows."""
+    if not tensor.data.size or tensor.data.size % rows:
+        return None
+    data = tensor.data
+    if is_transposed and data.ndim == _RANK and data.shape[1] == rows:
+        data = data.T
+    return data.reshape(rows, -1)
 
 
 def _is_same(made: TorchaoWeights, matrix: Matrix, values: Array) -> bool:
     """Whether a layer has the values of the graph, on some rows, up to float32's rounding."""
     rows = np.unique(np.linspace(0, matrix.shape[0] - 1, _PROBED_ROWS).astype(np.intp))
-    file_rows = matrix.order.indices(rows)
-    return np.allclose(made.values(rows), values[file_rows], rtol=1e-6, atol=0)
+    expected = values[matrix.rows][matrix.order.indices(rows)]
+    return np.allclose(made.values(rows), expected, rtol=1e-6, atol=0)
 
 
 def _check_shape(graph: Graph, matrix: Matrix, data: Array) -> None:

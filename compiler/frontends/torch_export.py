@@ -135,9 +135,11 @@ def _layers(graph: Graph, llama: LlamaGraph, requantize: bool) -> Iterator[Layer
     config = llama.config
     table = (config.vocab_size, config.dim)
     order = RowOrder(config.vocab_size)
-    embedding = stored_matrix(graph, Matrix(llama.embedding, False, table, order))
+    every = slice(0, config.vocab_size)
+    embedding = stored_matrix(graph, Matrix(llama.embedding, False, table, every, order))
+    linear = llama.output.linear
     output = stored_matrix(
-        graph, Matrix(llama.output.weight, llama.output.is_transposed, table, order)
+        graph, Matrix(linear.weight, linear.is_transposed, table, llama.output.rows, order)
     )
     if is_same_table(embedding, output):
         output = embedding
@@ -157,10 +159,11 @@ def _block(
         yield Layer(prefix + name, stored_vector(graph, norm.weight, config.dim), FORMS["norm"])
     stored: dict[str, Stored] = {}
     for name, shape in config.linear_shapes().items():
-        linear = block.linear[name]
+        linear, rows = block.linear[name].linear, block.linear[name].rows
         is_turned = llama.is_half and name in _TURNED
         turn = interleaved_order(shape[0], config.head_dim) if is_turned else None
-        matrix = Matrix(linear.weight, linear.is_transposed, shape, RowOrder(shape[0], turn))
+        order = RowOrder(shape[0], turn)
+        matrix = Matrix(linear.weight, linear.is_transposed, shape, rows, order)
         stored[name] = stored_matrix(graph, matrix)
     kept = {
         name: form

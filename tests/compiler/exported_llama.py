@@ -45,6 +45,8 @@ class Block(nn.Module):
         super().__init__()
         q, kv, bias = s.heads * s.head_dim, s.kv_heads * s.head_dim, s.change == "bias"
         self.sizes = s
+        self.qkv = nn.Linear(s.dim, q + 2 * kv, bias=False) if s.change == "fused" else None
+        self.gate_up = nn.Linear(s.dim, 2 * s.ffn, bias=False) if s.change == "fused" else None
         self.wq = nn.Linear(s.dim, q, bias=bias)
         self.wk, self.wv = (nn.Linear(s.dim, kv, bias=False) for _ in range(2))
         self.wo = nn.Linear(q, s.dim, bias=False)
@@ -55,9 +57,12 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, turns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         s, (batch, count, _) = self.sizes, x.shape
         normed = self.norm1(x)
-        q = self.wq(normed).view(batch, count, s.heads, s.head_dim)
-        k = self.wk(normed).view(batch, count, s.kv_heads, s.head_dim)
-        v = self.wv(normed).view(batch, count, s.kv_heads, s.head_dim)
+        if self.qkv is not None:
+            kv = s.kv_heads * s.head_dim
+            parts = self.qkv(normed).split([s.heads * s.head_dim, kv, kv], -1)
+        else:
+            parts = (self.wq(normed), self.wk(normed), self.wv(normed))
+        q, k, v = (part.unflatten(-1, (-1, s.head_dim)) for part in parts)
         q, k = turn(q, turns), turn(k, turns)
         k, v = (t.repeat_interleave(s.heads // s.kv_heads, 2).transpose(1, 2) for t in (k, v))
         scale = 1.0 if s.change == "scale" else math.sqrt(s.head_dim)
@@ -65,10 +70,13 @@ class Block(nn.Module):
         weights = torch.softmax(scores.float(), -1).type_as(x)
         x = x + self.wo((weights @ v).transpose(1, 2).reshape(batch, count, -1))
         normed = self.norm2(x)
-        gate = self.w1(normed)
+        if self.gate_up is not None:
+            gate, up = self.gate_up(normed).chunk(2, -1)
+        else:
+            gate, up = self.w1(normed), self.w3(normed)
         activation = {"gelu": nn.functional.gelu, "tanh": torch.tanh}.get(s.change)
         inner = activation(gate) if activation else nn.functional.silu(gate)
-        return x + self.w2(inner * self.w3(normed)) * (0.5 if s.change == "residual" else 1.0)
+        return x + self.w2(inner * up) * (0.5 if s.change == "residual" else 1.0)
 
 
 class OwnLlama(nn.Module):

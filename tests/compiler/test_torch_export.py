@@ -222,6 +222,19 @@ def test_a_model_of_one_s_own(
     check(checkpoint, expected)
 
 
+def test_layers_in_one_matrix(models: ModuleType, tokenizer: Path) -> None:
+    """q, k and v, and gate and up, as rows of one matrix each."""
+    torch.manual_seed(2)
+    model = models.OwnLlama(models.Sizes(change="fused")).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.to(torch.bfloat16))
+        expected = model(TOKENS).numpy()
+    checkpoint = from_torch(export(model, 60), tokenizer=tokenizer)
+    assert checkpoint.config.ffn_dim == 96 and checkpoint.config.kv_dim == 32
+    check(checkpoint, expected)
+
+
 # -- Quantized ------------------------------------------------------------------------------------
 
 
