@@ -18,6 +18,7 @@ from llamac.compiler.compile_config import DEFAULT_CONTEXT, CompileConfig, check
 from llamac.compiler.describe import describe_model, describe_quantization
 from llamac.compiler.floats import round_to
 from llamac.compiler.frontends.gguf_file import is_gguf
+from llamac.compiler.frontends.onnx_form import is_onnx
 from llamac.compiler.frontends.pt2_form import is_pt2
 from llamac.compiler.pipeline import kv_capacity, read_checkpoint
 from llamac.compiler.placement import place_processors
@@ -135,6 +136,8 @@ def form_of(path: Path) -> str:
         return "GGUF"
     if is_pt2(path):
         return "torch.export"
+    if is_onnx(path):
+        return "ONNX"
     folder = path if path.is_dir() else path.parent
     return "Hugging Face" if (folder / "config.json").is_file() else "Meta"
 

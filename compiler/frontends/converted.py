@@ -17,6 +17,7 @@ from llamac.compiler.checkpoint import TensorInfo, check_finite, check_scales, s
 from llamac.compiler.config import QuantConfig
 from llamac.compiler.frontends.forms import FORMS, Form, Loss, Stored, measure
 from llamac.compiler.frontends.hf_tensors import FloatWeights
+from llamac.compiler.frontends.onnx_packed import BlockWeights
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,11 @@ def make_tokenizer(weights: ConvertedWeights, write: Callable[[Path], None]) -> 
 
 
 def is_same_table(first: Stored, last: Stored) -> bool:
-    """Whether embedding and output are one tensor, or equal ones of floats."""
+    """Whether embedding and output are one tensor, or equal ones of floats or blocks of codes."""
     if first is last:
         return True
+    if isinstance(first, BlockWeights):
+        return first.is_same(last)
     if not isinstance(first, FloatWeights) or not isinstance(last, FloatWeights):
         return False
     return first.type == last.type and same_values(first.tensor.data, last.tensor.data)

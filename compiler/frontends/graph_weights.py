@@ -68,7 +68,7 @@ def stored_matrix(graph: Graph, matrix: Matrix) -> Stored:
     codes = [
         n
         for n in leaves
-        if tensors[n].dtype == "I8"
+        if tensors[n].dtype in ("I8", "U8")
         and len(tensors[n].shape) == _RANK
         and tensors[n].shape[0 if matrix.is_transposed else 1] == columns
     ]
@@ -100,15 +100,17 @@ def _float_matrix(graph: Graph, matrix: Matrix, name: str, tensor: SafeTensor) -
 def _coded_matrix(
     graph: Graph, matrix: Matrix, name: str, tensors: dict[str, SafeTensor]
 ) -> Stored:
-    """Codes [N, K] of int8 with scales [N, G], and zero points if they are not 0."""
+    """Codes [N, K] of 8 bits with scales [N, G], and zero points if they are not 0."""
     codes = tensors[name].data.T if matrix.is_transposed else tensors[name].data
+    middle = _middle(codes)
+    codes = (codes.astype(np.int16) - middle).astype(np.int8) if middle else codes
     [values] = graph.evaluate([matrix.value], {})
     values = values.T if matrix.is_transposed else values
     others = [tensor for other, tensor in tensors.items() if other != name]
     zero_points: Sequence[SafeTensor | None] = [*others, None]
     for scales in others:
         for zeros in zero_points:
-            made = _packed(matrix, SafeTensor(name, "I8", codes), scales, zeros)
+            made = _packed(matrix, SafeTensor(name, "I8", codes), scales, zeros, middle)
             if made is not None and _is_same(made, matrix, values):
                 return made
     raise graph.refuse(
@@ -118,7 +120,11 @@ def _coded_matrix(
 
 
 def _packed(
-    matrix: Matrix, codes: SafeTensor, scales: SafeTensor, zeros: SafeTensor | None
+    matrix: Matrix,
+    codes: SafeTensor,
+    scales: SafeTensor,
+    zeros: SafeTensor | None,
+    middle: int,
 ) -> TorchaoWeights | None:
     """A layer of these tensors; None: their shapes do not go together."""
     total, columns = codes.shape
@@ -126,22 +132,28 @@ def _packed(
     if scales.dtype not in FLOATS or grouped is None or columns % grouped.shape[1]:
         return None
     points = np.zeros(grouped.shape, np.float32)
-    kind = "F32"
     if zeros is not None:
         found = _by_rows(zeros, total, matrix.is_transposed)
-        if found is None or found.shape != grouped.shape:
+        if found is None or found.shape != grouped.shape or zeros.dtype == "BF16":
             return None
-        points, kind = found, zeros.dtype
+        points = found.astype(np.float32)
     wanted = SafeTensor(codes.name, "I8", codes.data[matrix.rows])
     low, high = int(wanted.data.min()), int(wanted.data.max())
     bits = 4 if _INT4[0] <= low and high <= _INT4[1] else 8
     parts = (
         wanted,
         SafeTensor(scales.name, scales.dtype, grouped[matrix.rows]),
-        SafeTensor("zero points", kind, points[matrix.rows]),
+        SafeTensor("zero points", "F32", points[matrix.rows] - np.float32(middle)),
     )
     name = codes.name.removesuffix(".qdata").removesuffix(".weight")
     return TorchaoWeights(parts, bits, name, "graph", matrix.shape, grouped.shape[1], matrix.order)
+
+
+def _middle(codes: Array) -> int:
+    """What codes without a sign are less, so that they fit into int8; 0 with a sign."""
+    if codes.dtype != np.uint8:
+        return 0
+    return 8 if codes.max() < 16 else 128
 
 
 def _by_rows(tensor: SafeTensor, rows: int, is_transposed: bool) -> Array | None:

@@ -214,13 +214,17 @@ class _Recognizer:
         """An RMSNorm of the residual stream."""
         inside = self._graph.reached([value], self._walker.edges) & self._graph.weights.keys()
         vectors = [name for name in inside if self._graph.weights[name].shape == (dim,)]
-        if len(vectors) > 1:
-            raise self._graph.refuse(f"{what} (before {value!r}) has {len(vectors)} vectors")
-        gamma = self._pieces.values(vectors[0]) if vectors else np.ones(dim)
         piece = self._pieces.piece(stream, value)
-        tokens = self._pieces.num_tokens
-        eps = self._prove(what, value, lambda: probe_norm(piece, len(stream), gamma, tokens))
-        return Norm(vectors[0] if vectors else None, eps)
+        tokens, reasons = self._pieces.num_tokens, list[str]()
+        # An operator with several results reads the weights of its other results, too.
+        candidates: list[str | None] = [*sorted(vectors)] or [None]
+        for name in candidates:
+            gamma = self._pieces.values(name) if name else np.ones(dim)
+            try:
+                return Norm(name, probe_norm(piece, len(stream), gamma, tokens))
+            except NotRecognized as error:
+                reasons.append(str(error))
+        raise self._graph.refuse(f"{what} (before {value!r}) {reasons[-1]}")
 
     def _prove_output(self, output: Linear, vocab: int) -> None:
         """Nothing follows the last matrix."""
@@ -234,6 +238,7 @@ class _Recognizer:
         needed = self._graph.reached([self._logits])
         kinds: dict[str, int] = {}
         for node in self._graph.nodes:
-            if any(name in needed for name in node.outputs):
+            if any(name in needed for name in node.outputs) and node.name not in self._graph.packed:
                 kinds[node.op] = kinds.get(node.op, 0) + 1
-        return kinds, len(self._graph.nodes) - sum(kinds.values())
+        every = len(self._graph.nodes) - len(self._graph.packed)
+        return kinds, every - sum(kinds.values())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llamac.compiler.checkpoint import Checkpoint
 from llamac.compiler.frontends.gguf_file import is_gguf
+from llamac.compiler.frontends.onnx_form import is_onnx
 from llamac.compiler.frontends.pt2_form import is_pt2
 from llamac.runtime.errors import UsageError
 
@@ -17,7 +18,7 @@ def is_hf(path: Path) -> bool:
 
 def can_requantize(path: Path) -> bool:
     """Whether the form of a model knows the option."""
-    return is_gguf(path) or is_hf(path) or is_pt2(path)
+    return is_gguf(path) or is_hf(path) or is_pt2(path) or is_onnx(path)
 
 
 def open_checkpoint(
@@ -30,8 +31,8 @@ def open_checkpoint(
     """Open a model with the front end that knows its form.
 
     Args:
-        path: a GGUF file; an archive of torch.export; a folder of Hugging Face; else a folder or
-            `.pth` file in Meta's layout.
+        path: a GGUF file; an archive of torch.export; an ONNX file, or a folder with one; a folder
+            of Hugging Face; else a folder or `.pth` file in Meta's layout.
         rope_factor: RoPE scaling factor instead of the model's own.
         tokenizer: a tokenizer file instead of the model's own.
         requantize: make int4 of linear layers that no kernel reads as they are.
@@ -49,20 +50,24 @@ def open_checkpoint(
         from llamac.compiler.frontends.hf import from_hf  # noqa: PLC0415
 
         return from_hf(path, rope_factor=rope_factor, tokenizer=tokenizer, requantize=requantize)
-    if is_pt2(path):
-        from llamac.compiler.frontends.torch_export import from_torch  # noqa: PLC0415
-
+    if is_pt2(path) or is_onnx(path):
         if rope_factor is not None:
             raise UsageError(
                 f"--rope-factor has no effect on {path}",
                 cause="the graph computes the angles itself, and they are read off from it",
                 fix="leave it out",
             )
+        if is_onnx(path):
+            from llamac.compiler.frontends.onnx_model import from_onnx  # noqa: PLC0415
+
+            return from_onnx(path, tokenizer=tokenizer, requantize=requantize)
+        from llamac.compiler.frontends.torch_export import from_torch  # noqa: PLC0415
+
         return from_torch(path, tokenizer=tokenizer, requantize=requantize)
     if requantize:
         raise UsageError(
             f"{path} cannot be quantized anew",
-            cause="only GGUF, torch.export and Hugging Face can: Meta's are compiled as they are",
+            cause="only other forms than Meta's can, which are compiled as they are",
             fix="leave --requantize out",
         )
     from llamac.compiler.frontends.meta import from_meta  # noqa: PLC0415 (imports torch)

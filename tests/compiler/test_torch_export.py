@@ -371,7 +371,7 @@ def test_operations_that_are_not_on_the_list_are_refused(
 def test_options_that_it_does_not_have(models: ModuleType, tokenizer: Path, tmp_path: Path) -> None:
     program = export(models.OwnLlama(models.Sizes()).eval(), 60)
     torch.export.save(program, tmp_path / "m.pt2")
-    with pytest.raises(UsageError, match="needs --tokenizer"):
+    with pytest.raises(UsageError, match="a graph needs --tokenizer"):
         open_checkpoint(tmp_path / "m.pt2")
     with pytest.raises(UsageError, match="--rope-factor has no effect"):
         open_checkpoint(tmp_path / "m.pt2", tokenizer=tokenizer, rope_factor=32.0)
