@@ -39,8 +39,8 @@ llamac, else from their generators; one line says how many got which.
 
 MODEL is a folder with params.json, tokenizer.model and a .pth file, as Meta publishes them, or the
 .pth file itself, or a GGUF file, or a folder of Hugging Face (config.json, *.safetensors,
-tokenizer.json), or a .pt2 file that torch.export saved (with --tokenizer). TARGET is a name from
-`llamac targets`; `host` is this machine.
+tokenizer.json), or an ONNX file, or a .pt2 file that torch.export saved (both with a tokenizer
+beside them, or --tokenizer). TARGET is a name from `llamac targets`; `host` is this machine.
 The bundle appears under its name when it is complete and verified, and not before.
 """
 
@@ -54,7 +54,9 @@ def add_parser(subparsers: Subparsers) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="folder, .pth, GGUF or .pt2 file")
+    parser.add_argument(
+        "model", metavar="MODEL", type=Path, help="folder, .pth, GGUF, ONNX or .pt2 file"
+    )
     parser.add_argument("--target", metavar="SOC", required=True, help="the SoC to compile for")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
     parser.add_argument(

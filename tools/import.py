@@ -37,7 +37,9 @@ def add_parser(subparsers: Subparsers) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="folder, .pth, GGUF or .pt2 file")
+    parser.add_argument(
+        "model", metavar="MODEL", type=Path, help="folder, .pth, GGUF, ONNX or .pt2 file"
+    )
     parser.add_argument(
         "--report",
         action="store_true",

@@ -47,6 +47,14 @@ class OnnxGraph:
             ModelUnsupported: it has operators that are not known.
             CheckpointError: another of its classes, for tensors.
         """
+        try:
+            return self._make()
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            what = f"its nodes are not as expected ({error!r:.120})"
+            raise self._file.damaged(what) from error
+
+    def _make(self) -> Graph:
+        """The same, believing that nodes have what their operators need."""
         proto = self._proto
         for tensor in proto.initializer:
             self._weights[tensor.name] = self._file.tensor(tensor)

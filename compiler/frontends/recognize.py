@@ -51,19 +51,7 @@ def open_checkpoint(
 
         return from_hf(path, rope_factor=rope_factor, tokenizer=tokenizer, requantize=requantize)
     if is_pt2(path) or is_onnx(path):
-        if rope_factor is not None:
-            raise UsageError(
-                f"--rope-factor has no effect on {path}",
-                cause="the graph computes the angles itself, and they are read off from it",
-                fix="leave it out",
-            )
-        if is_onnx(path):
-            from llamac.compiler.frontends.onnx_model import from_onnx  # noqa: PLC0415
-
-            return from_onnx(path, tokenizer=tokenizer, requantize=requantize)
-        from llamac.compiler.frontends.torch_export import from_torch  # noqa: PLC0415
-
-        return from_torch(path, tokenizer=tokenizer, requantize=requantize)
+        return _open_graph(path, rope_factor, tokenizer, requantize)
     if requantize:
         raise UsageError(
             f"{path} cannot be quantized anew",
@@ -73,3 +61,26 @@ def open_checkpoint(
     from llamac.compiler.frontends.meta import from_meta  # noqa: PLC0415 (imports torch)
 
     return from_meta(path, rope_factor=rope_factor, tokenizer=tokenizer)
+
+
+def _open_graph(
+    path: Path, rope_factor: float | None, tokenizer: Path | None, requantize: bool
+) -> Checkpoint:
+    """Open a form whose angles of RoPE are in its graph; the factor may only be the graph's."""
+    if is_onnx(path):
+        from llamac.compiler.frontends.onnx_model import from_onnx  # noqa: PLC0415
+
+        checkpoint = from_onnx(path, tokenizer=tokenizer, requantize=requantize)
+    else:
+        from llamac.compiler.frontends.torch_export import from_torch  # noqa: PLC0415
+
+        checkpoint = from_torch(path, tokenizer=tokenizer, requantize=requantize)
+    scaling = checkpoint.config.rope_scaling
+    factor = scaling.factor if scaling else None
+    if rope_factor not in (None, factor):
+        raise UsageError(
+            f"--rope-factor {rope_factor:g} cannot be had of {path}",
+            cause=f"its graph computes the angles itself, with a factor of {factor or 1:g}",
+            fix="leave it out",
+        )
+    return checkpoint

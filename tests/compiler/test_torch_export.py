@@ -373,7 +373,7 @@ def test_options_that_it_does_not_have(models: ModuleType, tokenizer: Path, tmp_
     torch.export.save(program, tmp_path / "m.pt2")
     with pytest.raises(UsageError, match="a graph needs --tokenizer"):
         open_checkpoint(tmp_path / "m.pt2")
-    with pytest.raises(UsageError, match="--rope-factor has no effect"):
+    with pytest.raises(UsageError, match="--rope-factor 32 cannot be had"):
         open_checkpoint(tmp_path / "m.pt2", tokenizer=tokenizer, rope_factor=32.0)
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.read_bytes())
     assert isinstance(open_checkpoint(tmp_path / "m.pt2"), Checkpoint)

@@ -58,6 +58,7 @@ def test_the_same_bundle_as_from_metas_files(
     for name in ("weights.bin", "program.json", "tokenizer.model"):
         ours, metas = (tmp_path / made / name for made in ("torch", "meta"))
         assert ours.read_bytes() == metas.read_bytes(), name
+    llamac("verify", tmp_path / "torch", exported)
     text = llamac("run", tmp_path / "torch", "Tell me a story about a fox.", "--max-tokens", "30")
     assert "fox" in text.stdout
 
