@@ -79,3 +79,29 @@ def test_a_failing_compilation(
     run = run_official_plugin(tflite, "mt6989", NEURON_DOUBLE_FAIL="NeuronCompilation_finish=6")
     assert run.returncode != 0
     assert run.calls[-1].function == "NeuronModel_free"
+
+
+@pytest.mark.parametrize("soc", SOCS)
+@pytest.mark.parametrize(("scheme", "form"), [("a16w8", "spinquant"), ("a16w4", "qlora")])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_it_takes_a_whole_layer(
+    tokens: int,
+    scheme: str,
+    form: str,
+    soc: str,
+    kit: Any,
+    run_official_plugin: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """Every operation of our layers, in one partition; with R4, or with a LoRA branch."""
+    checkpoint = kit.tiny(form)
+    [chunk] = kit.chunks(checkpoint, tokens, 64)[1:2]
+    from llamac.targets.neuropilot.emitter import write_chunk  # noqa: PLC0415 (the extra)
+
+    path = tmp_path / "layer.tflite"
+    weights = kit.RowWeights(checkpoint, scheme)
+    write_chunk(chunk, weights, kit.tiny_ranges(form), scheme, path)
+    run = run_official_plugin(path, soc)
+    print(f"{soc} {scheme} {form} T={tokens}: {run.selected_ops} of {run.total_ops}")
+    assert run.total_ops >= 54
+    assert (run.selected_ops, run.partitions) == (run.total_ops, 1)
