@@ -34,6 +34,7 @@ from llamac.runtime.errors import (
     ModelUnsupported,
     ParamsInvalid,
     TensorInvalid,
+    UsageError,
 )
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -204,11 +205,20 @@ def _pair(
     return sides["A"], b
 
 
-def apply_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+def apply_adapter(
+    checkpoint: Checkpoint, adapter: Adapter, *, branch: LoraConfig | None = None
+) -> Checkpoint:
     """The model with an adapter: merged into float layers, beside int4 layers.
+
+    Args:
+        checkpoint: the model.
+        adapter: for it.
+        branch: rank and scale that the branches must have, larger than the adapter's own; None:
+            what they need.
 
     Raises:
         ModelUnsupported: the model's weights are rotated.
+        UsageError: the adapter does not fit into `branch`.
     """
     if checkpoint.quant.hadamard_r4 or checkpoint.quant.form == "spinquant":
         raise ModelUnsupported(
@@ -220,7 +230,7 @@ def apply_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     names = frozenset(checkpoint.weights.names())
     codes = [n for n in linear_names(checkpoint.config) if f"{n}.scales" in names]
     merged = [name for name in adapter.pairs if name not in codes]
-    weights = AdaptedWeights(checkpoint, adapter, codes)
+    weights = AdaptedWeights(checkpoint, adapter, codes, branch)
     notes = [f"adapter {adapter.name} (rank {adapter.lora.rank}, scale {adapter.lora.scale:g})"]
     if merged:
         notes.append(f"merged into {len(merged)} float layers, rounded to bfloat16")
@@ -239,12 +249,29 @@ class AdaptedWeights:
         lora: rank and scale of the branches.
     """
 
-    def __init__(self, checkpoint: Checkpoint, adapter: Adapter, codes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        adapter: Adapter,
+        codes: Sequence[str],
+        branch: LoraConfig | None = None,
+    ) -> None:
         self._source: WeightSource = checkpoint.weights
         self._config, self._adapter = checkpoint.config, adapter
         self._own = checkpoint.quant.lora
         rank = adapter.lora.rank + (self._own.rank if self._own else 0)
         self.lora = LoraConfig(rank, self._own.scale if self._own else adapter.lora.scale)
+        self._free = 0  # ranks that are left over
+        if branch is not None:
+            self._free = branch.rank - rank
+            self.lora = branch
+        if self._free < 0 or (self._own and self._own.scale != self.lora.scale):
+            raise UsageError(
+                f"{adapter.name} does not fit: it needs a rank of {rank}, the branches have "
+                f"{self.lora.rank}",
+                cause="a bundle's branches have the rank of the adapter that it was compiled with",
+                fix="compile the model with the adapter of the largest rank",
+            )
         self._branches = {
             f"{name}.adaptor.{side}.weight": (name, side) for name in codes for side in "AB"
         }
@@ -292,4 +319,7 @@ class AdaptedWeights:
         if self._own is not None:
             own = self._source.read(f"{layer}.adaptor.{side}.weight")
             parts.insert(0, own if own.dtype == np.uint16 else to_bfloat16(own))
+        if self._free:
+            shape = (self._free, inputs) if side == "A" else (outputs, self._free)
+            parts.append(np.zeros(shape, np.uint16))
         return np.ascontiguousarray(np.concatenate(parts, axis))

@@ -22,9 +22,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from llamac.compiler.blas import single_threaded_blas
+from llamac.compiler.bundle_model import open_same_model
 from llamac.compiler.checkpoint import Checkpoint
-from llamac.compiler.describe import describe_model, describe_quantization
-from llamac.compiler.frontends.recognize import can_requantize, open_checkpoint
 from llamac.compiler.layers import LayerModel
 from llamac.compiler.progress import Progress, SilentProgress
 from llamac.compiler.reference_model import ReferenceModel
@@ -35,7 +34,6 @@ from llamac.runtime.backend import BackendModel, BackendSession, Machine
 from llamac.runtime.checks import verify_files
 from llamac.runtime.errors import UsageError
 from llamac.runtime.manifest import (
-    Manifest,
     OperationCheck,
     TokenizerEntry,
     Verification,
@@ -319,6 +317,7 @@ def verify_bundle(  # noqa: PLR0913 (keywords, each with a default)
     all_functions: bool = False,
     machine: Machine | None = None,
     calibration: str | None = None,
+    lora: Path | None = None,
 ) -> VerifyReport:
     """Compare a bundle with the reference arithmetic of the checkpoint it was compiled from.
 
@@ -333,6 +332,7 @@ def verify_bundle(  # noqa: PLR0913 (keywords, each with a default)
         all_functions: compare the steps of every prefill function.
         machine: where the bundle runs; None: here.
         calibration: the text that a scheme of the bundle was calibrated with.
+        lora: folder of the adapter that the bundle was compiled with.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -344,10 +344,9 @@ def verify_bundle(  # noqa: PLR0913 (keywords, each with a default)
     progress = progress or SilentProgress()
     with progress.stage("read the checkpoint"):
         manifest = read_manifest(bundle)
-        machine = machine or ThisMachine()
-        machine.check(bundle, manifest)
+        (machine := machine or ThisMachine()).check(bundle, manifest)
         verify_files(bundle, manifest)
-        checkpoint = _read_checkpoint(bundle, manifest, model)
+        checkpoint = open_same_model(bundle, manifest, model, lora)
         tokens = probe_tokens(manifest.tokenizer, checkpoint, text, max_tokens)
         program = Program.from_json((bundle / PROGRAM_FILE).read_text("utf-8"))
     with tempfile.TemporaryDirectory(prefix="llamac-layers-") as folder:
@@ -366,30 +365,3 @@ def verify_bundle(  # noqa: PLR0913 (keywords, each with a default)
                 level=level,
                 progress=stage.update,
             )
-
-
-def _read_checkpoint(bundle: Path, manifest: Manifest, model: Path) -> Checkpoint:
-    """Open the checkpoint with the options that the manifest records, and compare both."""
-    scaling, stored = manifest.model.rope_scaling, manifest.quantization
-    # A model that has these forms by itself is read in the same way with the option.
-    all_codes = ("int4 group-32", "int8 per channel", "int8 per channel")
-    was_requantized = (stored.weights, stored.embedding, stored.output) == all_codes
-    checkpoint = open_checkpoint(
-        model,
-        rope_factor=scaling.factor if scaling else None,
-        tokenizer=bundle / manifest.file("tokenizer"),
-        requantize=was_requantized and can_requantize(model),
-    )
-    names = (manifest.model.name, manifest.model.context_length)
-    expected = describe_quantization(checkpoint, stored.scale_dtype, stored.kv_cache, stored.notes)
-    for what, of_bundle, of_model in (
-        ("architecture", manifest.model, describe_model(checkpoint, *names)),
-        ("quantization", stored, expected),
-    ):
-        if of_bundle != of_model:
-            raise UsageError(
-                f"the {what} of {model} is not that of the bundle {bundle}",
-                cause=f"the model has {of_model}, the bundle {of_bundle}",
-                fix="give the model that the bundle was compiled from",
-            )
-    return checkpoint

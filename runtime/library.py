@@ -83,6 +83,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llamac_abi_version": (c_uint32, ()),
     "llamac_model_open": ("status", (c_char_p, c_char_p, POINTER(c_void_p))),
     "llamac_model_close": (None, (c_void_p,)),
+    "llamac_model_adapt": ("status", (c_void_p, c_char_p)),
     "llamac_model_info": (c_int32, (c_void_p, POINTER(_ModelInfo))),
     "llamac_session_create": ("status", (c_void_p, POINTER(_SessionOptions), POINTER(c_void_p))),
     "llamac_session_destroy": (None, (c_void_p,)),
@@ -97,6 +98,8 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llamac_session_step_ns": (POINTER(c_uint64), (c_void_p, c_char_p, POINTER(c_uint32))),
     "llamac_read_bandwidth": (c_double, (c_int32, c_uint64, c_int32, _I32S, c_int32)),
 }
+# What libraries of earlier versions lack.
+_YOUNGER = ("llamac_model_adapt",)
 
 
 @dataclass(frozen=True)
@@ -133,12 +136,20 @@ class Library:
         try:
             self._check_version(self._functions.llamac_abi_version())
             for name, (result, arguments) in _PROTOTYPES.items():
-                function = getattr(self._functions, name)
+                function = getattr(self._functions, name, None)
+                if function is None and name in _YOUNGER:
+                    continue
+                if function is None:
+                    raise AttributeError(name)
                 has_error = result == "status"
                 function.restype = c_int32 if has_error else result
                 function.argtypes = (*arguments, _ERROR) if has_error else arguments
         except AttributeError as error:
             raise _abi_mismatch(f"the library lacks a function: {error}", is_newer=False) from error
+
+    def has(self, name: str) -> bool:
+        """Whether the library has a function; those of an earlier version lack some."""
+        return hasattr(self._functions, name)
 
     @staticmethod
     def _check_version(version: int) -> None:
@@ -227,6 +238,18 @@ class NativeModel:
     def open_session(self, threads: int, cpus: Sequence[int]) -> NativeSession:
         """Open a session; without CPUs its threads may move."""
         return NativeSession(self, threads, cpus)
+
+    def adapt(self, path: Path | None) -> None:
+        """Take an adapter's values for some of the weights; None: the bundle's own again.
+
+        Raises:
+            BundleInvalid: the file is damaged, or for another bundle.
+            AbiMismatch: the library is of a version that cannot exchange adapters.
+        """
+        if not self.library.has("llamac_model_adapt"):
+            raise _abi_mismatch("the library cannot exchange adapters", is_newer=False)
+        name = None if path is None else os.fsencode(path)
+        self.library.call("llamac_model_adapt", self.handle, name)
 
     @property
     def is_closed(self) -> bool:

@@ -219,6 +219,28 @@ class Model:
         found = find_template(template or self._manifest.tokenizer.chat_template)
         return Chat(self.session(), found, system)
 
+    def adapt(self, adapter: str | Path | None) -> None:
+        """Take another adapter while the model is open; sessions begin anew.
+
+        Args:
+            adapter: file that `llamac adapt` wrote for this bundle; None: the bundle's own weights.
+
+        Raises:
+            BundleCorrupt: the file is damaged, or for another bundle.
+            AbiMismatch: the bundle is of a version that cannot do it.
+            UsageError: the model runs elsewhere than in this process.
+            OutOfMemory: no memory for its values; close the model.
+        """
+        if not isinstance(self._native, NativeModel):
+            raise UsageError(
+                "adapters can only be exchanged in a model of this process",
+                cause="an emulator or another program runs the bundle",
+                fix="load the bundle on its own machine, or compile it with this adapter",
+            )
+        for session in list(self._sessions):
+            session.rewind(0)
+        self._native.adapt(None if adapter is None else Path(adapter))
+
     def close(self) -> None:
         """Close all sessions and unmap the weights; more calls do nothing."""
         for session in list(self._sessions):

@@ -58,6 +58,7 @@ SYMBOLS = {
         "mkdir": 21,
         "mkstemp": 21,
         "mmap": 21,
+        "mprotect": 21,
         "munmap": 21,
         "open": 21,
         "posix_memalign": 21,

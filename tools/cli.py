@@ -29,6 +29,7 @@ COMMANDS = (
     "compile",
     "import",
     "quantize",
+    "adapt",
     "tune",
     "run",
     "bench",

@@ -52,6 +52,12 @@ def add_parser(subparsers: Subparsers) -> None:
         help="use the chat template (default: if the bundle has one)",
     )
     parser.add_argument("--system", metavar="TEXT", help="the system's message in a chat")
+    parser.add_argument(
+        "--adapter",
+        metavar="FILE",
+        type=Path,
+        help="an adapter that `llamac adapt` wrote for BUNDLE",
+    )
     parser.add_argument("--threads", metavar="N", type=positive_int, help="(default: all cores)")
     parser.add_argument("--level", metavar="NAME", help="kernels to use (default: the best)")
     emulation.add_arguments(parser)
@@ -87,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     emulator = emulation.find(args)
     started = time.perf_counter()
     with load(args.bundle, threads=args.threads, level=args.level, machine=emulator) as model:
+        if args.adapter:
+            model.adapt(args.adapter)
         loaded = time.perf_counter()
         if emulator and not args.quiet:
             emulation.announce(model, emulator)

@@ -59,6 +59,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--all-functions", action="store_true", help="all prefill functions, not only the smallest"
     )
+    parser.add_argument(
+        "--lora", metavar="DIR", type=Path, help="the adapter that the bundle was compiled with"
+    )
     parser.add_argument("--level", metavar="NAME", help="kernels to run (default: the best)")
     parser.add_argument("--threads", metavar="N", type=positive_int, default=2, help="default: 2")
     emulation.add_arguments(parser)
@@ -84,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         all_functions=args.all_functions,
         machine=emulator,
         calibration=read_text(args.calibrate) if args.calibrate else None,
+        lora=args.lora,
     )
     if args.json:
         print_json(report.to_json())

@@ -84,17 +84,26 @@ def _float_matrix(graph: Graph, matrix: Matrix, name: str, tensor: SafeTensor) -
     """A tensor, or its transpose."""
     is_turned = matrix.is_transposed
     if matrix.value != name:
-        count = np.arange(np.prod(tensor.shape), dtype=np.float64).reshape(tensor.shape)
-        [found] = graph.evaluate([matrix.value], {name: count})
-        if np.array_equal(found, count):
-            pass
-        elif np.array_equal(found, count.T):
-            is_turned = not is_turned
-        else:
-            raise graph.refuse(f"the matrix {matrix.value!r} is no transpose of {name!r}")
+        is_turned ^= _is_transpose(graph, matrix.value, name, tensor.shape)
     data = (tensor.data.T if is_turned else tensor.data)[matrix.rows]
     _check_shape(graph, matrix, data)
     return FloatWeights(SafeTensor(tensor.name, tensor.dtype, data), matrix.order)
+
+
+def _is_transpose(graph: Graph, value: str, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a matrix is the transpose of a tensor, or the tensor itself.
+
+    Two matrices go through the graph, the row and the column of every element, which take next to
+    no memory.
+    """
+    numbers = [np.arange(n, dtype=np.int32) for n in shape]
+    rows, columns = (np.broadcast_to(n, shape) for n in (numbers[0][:, None], numbers[1]))
+    found = [graph.evaluate([value], {name: given})[0] for given in (rows, columns)]
+    if all(np.array_equal(f, given) for f, given in zip(found, (rows, columns), strict=True)):
+        return False
+    if all(np.array_equal(f, given.T) for f, given in zip(found, (rows, columns), strict=True)):
+        return True
+    raise graph.refuse(f"the matrix {value!r} is no transpose of {name!r}")
 
 
 def _coded_matrix(

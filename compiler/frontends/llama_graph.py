@@ -18,6 +18,7 @@ from llamac.compiler.frontends.llama_walk import LayerParts, Part, Walk, Walker
 from llamac.compiler.frontends.probes import (
     NotRecognized,
     Piece,
+    Rotation,
     probe_attention,
     probe_head_dim,
     probe_identity,
@@ -100,11 +101,11 @@ class _Recognizer:
     def run(self) -> LlamaGraph:
         """Find everything."""
         walk, output = self._walker.walk()
-        config, is_half = self._sizes(walk)
+        config, rotation = self._sizes(walk)
         blocks = []
         for number, parts in enumerate(walk.layers):
             self._progress(f"layer {number}", number, len(walk.layers))
-            blocks.append(self._prove_block(number, parts, walk, config, is_half))
+            blocks.append(self._prove_block(number, parts, walk, config, rotation))
         norm = self._prove_norm("the last norm", output.x, walk.stream, config.dim)
         self._prove_output(output, config.vocab_size)
         self._progress("recognized", len(walk.layers), len(walk.layers))
@@ -117,7 +118,7 @@ class _Recognizer:
             tuple(blocks),
             norm,
             Part(output, slice(0, config.vocab_size)),
-            is_half,
+            rotation.is_half,
             *self._coverage(),
         )
 
@@ -139,7 +140,7 @@ class _Recognizer:
 
         return attend, [parts[i] for i in order]
 
-    def _sizes(self, walk: Walk) -> tuple[LlamaConfig, bool]:
+    def _sizes(self, walk: Walk) -> tuple[LlamaConfig, Rotation]:
         """All sizes, and RoPE as the first layer has it; epsilon is found later."""
         first, tokens, prove = walk.layers[0], self._pieces.num_tokens, self._prove
         piece, (q, k, v) = self._attention(first)
@@ -164,7 +165,7 @@ class _Recognizer:
             rope_theta=theta,
             rope_scaling=scaling,
         )
-        return config, rotation.is_half
+        return config, rotation
 
     def _prove_block(
         self,
@@ -172,14 +173,14 @@ class _Recognizer:
         layer: LayerParts,
         walk: Walk,
         config: LlamaConfig,
-        is_half: bool,
+        rotation: Rotation,
     ) -> Block:
         """All pieces of a layer."""
         name, tokens = f"layer {number}, ", self._pieces.num_tokens
         attend, qkv = self._attention(layer)
         value = layer.out.linear.x
         self._prove(
-            f"{name}attention", value, lambda: probe_attention(attend, config, is_half, tokens)
+            f"{name}attention", value, lambda: probe_attention(attend, config, rotation, tokens)
         )
         value = layer.down.linear.x
         inner, gate_up = layer.gate_up.piece(self._pieces, value), layer.gate_up.parts

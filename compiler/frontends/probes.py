@@ -31,6 +31,9 @@ EXACT = 1e-6
 FROM_FLOAT32 = 1e-4
 """The same where the graph has constants of float32 in it: angles of RoPE, a table of cosines."""
 
+FROM_BFLOAT16 = 0.01
+"""The same where the scale of attention was rounded to bfloat16: half of it for q, half for k."""
+
 LEAST_TOKENS = 4
 _ROLES = 3
 
@@ -162,10 +165,12 @@ class Rotation:
     Attributes:
         angles: of each pair at position 1, float64 [D/2].
         is_half: value i is turned with value i + D/2, as Hugging Face has it; else 2i with 2i + 1.
+        limit: largest relative error that the graph's own constants explain.
     """
 
     angles: Float64
     is_half: bool
+    limit: float = FROM_FLOAT32
 
 
 def probe_rotation(piece: Piece, q_dim: int, kv_dim: int, head_dim: int, tokens: int) -> Rotation:
@@ -192,14 +197,16 @@ def probe_rotation(piece: Piece, q_dim: int, kv_dim: int, head_dim: int, tokens:
     cosines = np.array([score(a, a) for a, _ in pairs])
     sines = np.array([score(a, b) for a, b in pairs])
     sizes = np.hypot(cosines, sines)
-    if np.abs(sizes - 1).max() > FROM_FLOAT32:
+    error = np.abs(sizes - 1).max()
+    if error > FROM_BFLOAT16 / 2:
         raise NotRecognized(
             f"has scores that are {sizes.mean():.4f} times those of softmax(q k / sqrt(D))"
         )
-    return Rotation(np.arctan2(sines, cosines), is_half)
+    limit = FROM_FLOAT32 if error <= FROM_FLOAT32 else FROM_BFLOAT16
+    return Rotation(np.arctan2(sines, cosines), is_half, limit)
 
 
-def probe_attention(piece: Piece, config: LlamaConfig, is_half: bool, tokens: int) -> None:
+def probe_attention(piece: Piece, config: LlamaConfig, rotation: Rotation, tokens: int) -> None:
     """Prove that a piece is the attention of a configuration.
 
     Raises:
@@ -207,16 +214,17 @@ def probe_attention(piece: Piece, config: LlamaConfig, is_half: bool, tokens: in
     """
     widths = (config.q_dim, config.kv_dim, config.kv_dim)
     given = [random_rows(tokens, width, 40 + i) for i, width in enumerate(widths)]
-    ours = [
-        array[:, interleaved_order(array.shape[1], config.head_dim)] if is_half and i < 2 else array
-        for i, array in enumerate(given)
-    ]
+    if rotation.is_half:
+        orders = [interleaved_order(width, config.head_dim) for width in widths[:2]]
+        ours = [*(a[:, order] for a, order in zip(given, orders, strict=False)), given[2]]
+    else:
+        ours = given
     q, k, v = (array.reshape(tokens, -1, config.head_dim) for array in ours)
     table = rope_table(config, tokens)
     turned = (reference.rope(q, table), reference.rope(k, table))
     expected = reference.attention(*turned, v, 0).reshape(tokens, -1)
     error = same_rows(piece(*given), expected)
-    if error > FROM_FLOAT32:
+    if error > rotation.limit:
         raise NotRecognized(f"is off by {error:.1e} from attention over rotated keys")
 
 

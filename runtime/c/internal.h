@@ -82,13 +82,24 @@ uint64_t llamac_now_ns(void);
 
 /* ---- model.c ---- */
 
+/* Some of the weights' pages: bytes from the start of the file, multiples of a page. */
+typedef struct {
+  uint64_t start, bytes;
+} llamac_pages;
+
 struct llamac_model {
   atomic_int references; /* the caller's and one per session */
   uint8_t *weights;      /* mapped read-only, program->weights_bytes long */
+  char *path;            /* of the weights */
+  llamac_pages *adapted; /* [num_adapted], private copies with an adapter's values */
+  uint32_t num_adapted;
   const llamac_program *program;
   const llamac_level *level;
   void *accelerator; /* opened, or NULL */
 };
+
+/* Compares size and header of an open weights file with the program. */
+llamac_status llamac_check_weights(const llamac_program *program, int file, llamac_error *error);
 
 /* Takes and gives back one reference. */
 void llamac_model_retain(llamac_model *model);

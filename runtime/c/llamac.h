@@ -120,6 +120,17 @@ LLAMAC_API llamac_status llamac_model_open(const char *weights_path, const char 
  * NULL is allowed. */
 LLAMAC_API void llamac_model_close(llamac_model *model);
 
+/* Gives other values to some of the weights, those of an adapter; what an earlier call gave is gone.
+ *
+ * path: an adapter file that `llamac adapt` wrote for the same bundle, NULL for the bundle's own
+ *     weights. The file is copied: it may be gone afterwards.
+ *
+ * No session of the model may be evaluating. What sessions have read stays as it was read: rewind
+ * them to 0. After an error with status LLAMAC_ERROR_MEMORY the model can only be closed; after any
+ * other it is what it was. */
+LLAMAC_API llamac_status llamac_model_adapt(llamac_model *model, const char *path,
+                                            llamac_error *error);
+
 /* Fills *info as far as info->struct_bytes reaches. */
 LLAMAC_API llamac_status llamac_model_info(const llamac_model *model, llamac_model_info_t *info);
 

@@ -59,9 +59,7 @@ static llamac_status check_header(const llamac_program *program,
   return LLAMAC_OK;
 }
 
-/* Maps the open file after checking its size, then its header. */
-static llamac_status map_file(llamac_model *model, int file, llamac_error *error) {
-  const llamac_program *program = model->program;
+llamac_status llamac_check_weights(const llamac_program *program, int file, llamac_error *error) {
   llamac_weights_header header;
   struct stat status;
   if (fstat(file, &status) != 0 || !S_ISREG(status.st_mode))
@@ -74,6 +72,14 @@ static llamac_status map_file(llamac_model *model, int file, llamac_error *error
   if ((uint64_t)status.st_size != program->weights_bytes)
     return llamac_fail(error, LLAMAC_ERROR_WEIGHTS, "the weights file has %lld bytes, not %llu",
                        (long long)status.st_size, (unsigned long long)program->weights_bytes);
+  return LLAMAC_OK;
+}
+
+/* Maps the open file after checking it. */
+static llamac_status map_file(llamac_model *model, int file, llamac_error *error) {
+  const llamac_program *program = model->program;
+  llamac_status checked = llamac_check_weights(program, file, error);
+  if (checked != LLAMAC_OK) return checked;
   void *mapped = mmap(NULL, (size_t)program->weights_bytes, PROT_READ, MAP_SHARED, file, 0);
   if (mapped == MAP_FAILED)
     return llamac_fail(error, LLAMAC_ERROR_IO, "cannot map the weights: %s", strerror(errno));
@@ -82,8 +88,12 @@ static llamac_status map_file(llamac_model *model, int file, llamac_error *error
   return LLAMAC_OK;
 }
 
-/* Opens, maps and closes the file. */
+/* Opens, maps and closes the file, and keeps its path. */
 static llamac_status map_weights(llamac_model *model, const char *path, llamac_error *error) {
+  size_t length = strlen(path) + 1;
+  model->path = malloc(length);
+  if (model->path == NULL) return llamac_fail(error, LLAMAC_ERROR_MEMORY, "no memory for a path");
+  memcpy(model->path, path, length);
   int file = open(path, O_RDONLY | O_CLOEXEC);
   if (file < 0)
     return llamac_fail(error, LLAMAC_ERROR_IO, "cannot open '%.150s': %s", path, strerror(errno));
@@ -138,6 +148,8 @@ void llamac_model_release(llamac_model *model) {
   if (atomic_fetch_sub(&model->references, 1) != 1) return;
   if (model->program->accelerator != NULL) model->program->accelerator->close(model->accelerator);
   if (model->weights != NULL) munmap(model->weights, (size_t)model->program->weights_bytes);
+  free(model->adapted);
+  free(model->path);
   free(model);
 }
 

@@ -98,6 +98,27 @@ typedef struct {
   uint64_t file_bytes;
 } llamac_weights_header;
 
+/* ---- Adapter files ------------------------------------------------------------------------- */
+
+#define LLAMAC_ADAPTER_MAGIC "LLAMACLA"
+#define LLAMAC_ADAPTER_VERSION 1
+
+/* The start of an adapter file, little endian; then its entries, then values. */
+typedef struct {
+  char magic[8];
+  uint32_t version;
+  uint32_t num_entries;
+  uint8_t build_id[32]; /* of the bundle that it is for */
+  uint64_t file_bytes;
+} llamac_adapter_header;
+
+/* Values of some of the weights; entries ascend by offset. */
+typedef struct {
+  uint64_t offset; /* in weights.bin */
+  uint64_t bytes;
+  uint64_t place; /* in the adapter file */
+} llamac_adapter_entry;
+
 /* ---- The tables ---------------------------------------------------------------------------- */
 
 /* A tensor at a fixed place of a space, compact row-major. */

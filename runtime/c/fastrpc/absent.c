@@ -5,6 +5,11 @@
  */
 #include "internal.h"
 
+llamac_status llamac_model_adapt(llamac_model *model, const char *path, llamac_error *error) {
+  (void)model, (void)path;
+  return llamac_fail(error, LLAMAC_ERROR_ARGUMENT, "adapters cannot be exchanged on the DSP");
+}
+
 llamac_status llamac_session_run_steps(llamac_session *session, const char *function,
                                        uint32_t first, uint32_t count, llamac_error *error) {
   (void)session, (void)function, (void)first, (void)count;
