@@ -9,6 +9,7 @@ that the repository may not carry), "this CPU" (lacks an instruction set), "outs
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -135,6 +137,26 @@ def installed_wheel(
     install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target")
     python(*install, str(site), str(wheel), cwd=site.parent)
     return site
+
+
+@pytest.fixture(scope="session")
+def helper() -> Callable[[str], ModuleType]:
+    """Load a module of helpers, which folders of tests, being no packages, cannot import.
+
+    helper("compiler/hf_layout") is the module of that file in `tests`.
+    """
+
+    def load(place: str) -> ModuleType:
+        name = f"llamac_tests_{place.replace('/', '_')}"
+        if name not in sys.modules:
+            path = Path(__file__).parent / f"{place}.py"
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None and spec.loader is not None
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        return sys.modules[name]
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -78,8 +78,10 @@ class OnnxTensor:
         """The elements; floats in float64."""
         if self.kind == "BF16":
             return from_bfloat16(self._data).astype(np.float64)
-        is_float = self._data.dtype.kind == "f"
-        return self._data.astype(np.float64) if is_float else self._data.copy()
+        if self._data.dtype.kind != "f":
+            return self._data.copy()
+        with np.errstate(invalid="ignore"):  # of damaged values: whoever reads them checks them
+            return self._data.astype(np.float64)
 
 
 class OnnxFile:

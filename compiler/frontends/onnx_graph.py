@@ -154,13 +154,13 @@ class OnnxGraph:
 
     def _constant(self, proto: NodeProto, name: str) -> OnnxTensor:
         """The tensor of a Constant node."""
-        [(kind, value)] = attributes(proto).items()
+        kind, value = next(iter(attributes(proto).items()), ("none", None))
         if isinstance(value, TensorProto):
             tensor = TensorProto()
             tensor.CopyFrom(value)
             tensor.name = name
             return self._file.tensor(tensor)
-        if kind not in ("value_float", "value_floats", "value_int", "value_ints"):
+        if value is None or kind not in ("value_float", "value_floats", "value_int", "value_ints"):
             raise self._file.damaged(f"the constant {name!r:.80} is of the kind {kind}")
         array = np.array(value, np.float32 if "float" in kind else np.int64)
         return OnnxTensor(name, "F32" if "float" in kind else "I64", array.shape, lambda: array)
@@ -188,15 +188,25 @@ class OnnxGraph:
 
     def _matrix_shape(self, proto: NodeProto) -> tuple[int, int]:
         """[N, K] of a packed matrix."""
-        given = attributes(proto)
+        given = self._integers(proto)
         if proto.op_type == "MatMulNBits":
-            return int(given["N"]), int(given["K"])
+            return given["N"], given["K"]
         scales = self._weights.get(proto.input[2])
-        block = int(given.get("block_size", 128))
+        block = given.get("block_size", 128)
         is_plain = given.get("gather_axis", 0) == 0 and given.get("quantize_axis", 1) in (1, -1)
         if scales is None or len(scales.shape) != _MATRIX or not is_plain:
             raise self._file.damaged(f"the table of {proto.output[0]!r:.80} has no scales by rows")
         return scales.shape[0], scales.shape[1] * block
+
+    def _integers(self, proto: NodeProto) -> dict[str, int]:
+        """Attributes of a node with packed weights; all that such nodes have are integers."""
+        given = attributes(proto)
+        needed = {"N", "K"} if proto.op_type == "MatMulNBits" else set()
+        wrong = [name for name, value in given.items() if not isinstance(value, int)]
+        if wrong or needed - given.keys():
+            names = ", ".join(sorted({*wrong, *(needed - given.keys())}))
+            raise self._file.damaged(f"{proto.output[0]!r:.80} has no integer {names:.80}")
+        return given
 
     # -- Values -----------------------------------------------------------------------------------
 
@@ -213,7 +223,7 @@ class OnnxGraph:
     def _unpack(self, name: str, rows: slice, order: RowOrder) -> PackedWeights:
         """Some rows of a packed matrix as weights."""
         proto = self._packed_nodes[name]
-        given, is_product = attributes(proto), proto.op_type == "MatMulNBits"
+        given, is_product = self._integers(proto), proto.op_type == "MatMulNBits"
         places = (1, 2, 3) if is_product else (0, 2, 3)
         tensors = [self._tensor(proto.input[i]) if i < len(proto.input) else None for i in places]
         codes, scales, zeros = tensors
@@ -225,8 +235,8 @@ class OnnxGraph:
             scales,
             zeros,
             shape=self._matrix_shape(proto),
-            bits=int(given.get("bits", 4)),
-            block=int(given.get("block_size", 128)),
+            bits=given.get("bits", 4),
+            block=given.get("block_size", 128),
             rows=rows,
             order=order,
         )

@@ -195,7 +195,8 @@ def _causal(q: Array, k: Array, v: Array, scale: float) -> Array:
     scores = np.einsum("bthd,bshd->bhts", q, k) * scale
     count = q.shape[1]
     scores = np.where(np.tril(np.ones((count, count), bool)), scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    with np.errstate(invalid="ignore"):  # of infinite scores the answer is no number, as it should
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     mixed: Array = np.einsum("bhts,bshd->bthd", weights, v)
     return mixed.reshape(*q.shape[:2], -1)

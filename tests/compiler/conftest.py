@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,46 +17,34 @@ from llamac.compiler.frontends.recognize import open_checkpoint
 from llamac.runtime.errors import LlamacError
 
 
-def load_beside(stem: str) -> ModuleType:
-    """A module beside this file; test folders are no packages."""
-    name, path = f"llamac_tests_{stem}", Path(__file__).with_name(f"{stem}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def meta_layout() -> ModuleType:
+def meta_layout(helper: Callable[[str], ModuleType]) -> ModuleType:
     """The module `meta_layout.py`."""
-    return load_beside("meta_layout")
+    return helper("compiler/meta_layout")
 
 
 @pytest.fixture(scope="session")
-def gguf_layout() -> ModuleType:
+def gguf_layout(helper: Callable[[str], ModuleType]) -> ModuleType:
     """The module `gguf_layout.py`."""
-    return load_beside("gguf_layout")
+    return helper("compiler/gguf_layout")
 
 
 @pytest.fixture(scope="session")
-def hf_layout() -> ModuleType:
+def hf_layout(helper: Callable[[str], ModuleType]) -> ModuleType:
     """The module `hf_layout.py`."""
-    return load_beside("hf_layout")
+    return helper("compiler/hf_layout")
 
 
 @pytest.fixture(scope="session")
-def hf_packing() -> ModuleType:
+def hf_packing(helper: Callable[[str], ModuleType]) -> ModuleType:
     """The module `hf_packing.py`."""
-    return load_beside("hf_packing")
+    return helper("compiler/hf_packing")
 
 
 @pytest.fixture(scope="session")
-def peft_layout() -> ModuleType:
+def peft_layout(helper: Callable[[str], ModuleType]) -> ModuleType:
     """The module `peft_layout.py`."""
-    return load_beside("peft_layout")
+    return helper("compiler/peft_layout")
 
 
 @pytest.fixture

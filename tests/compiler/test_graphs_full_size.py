@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,18 +37,8 @@ CONFIG = {
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
-def load(stem: str) -> ModuleType:
-    """A module beside this file."""
-    path, name = Path(__file__).with_name(f"{stem}.py"), f"llamac_tests_{stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def model() -> Any:
+def model(helper: Callable[[str], ModuleType]) -> Any:
     """A LlamaForCausalLM of bfloat16."""
     torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
     default = torch.get_default_dtype()
@@ -57,7 +47,7 @@ def model() -> Any:
         made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).eval()
     finally:
         torch.set_default_dtype(default)
-    return load("exported_llama").Logits(made).eval()
+    return helper("compiler/exported_llama").Logits(made).eval()
 
 
 def compile_and_measure(source: Path, tokenizer: Path, out: Path) -> tuple[float, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,21 +24,13 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
-def load(stem: str) -> ModuleType:
-    """A module beside this file."""
-    path, name = Path(__file__).with_name(f"{stem}.py"), f"llamac_tests_{stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hf(helper: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example model of bfloat16 as a folder of Hugging Face."""
     folder = tmp_path_factory.mktemp("hf") / "tiny"
-    path: Path = load("hf_layout").make_layout(from_meta(EXAMPLES / "bf16")).write(folder)
+    path: Path = (
+        helper("compiler/hf_layout").make_layout(from_meta(EXAMPLES / "bf16")).write(folder)
+    )
     return path
 
 
@@ -143,7 +134,11 @@ def test_codes_between_quantize_and_dequantize(
 
 @pytest.mark.parametrize(("opset", "is_dynamic"), [(20, True), (18, False), (23, True)])
 def test_models_of_pytorchs_exporter(
-    opset: int, is_dynamic: bool, hf: Path, tmp_path: Path
+    opset: int,
+    is_dynamic: bool,
+    hf: Path,
+    helper: Callable[[str], ModuleType],
+    tmp_path: Path,
 ) -> None:
     """Plain operators, or those of opset 23: Attention, RotaryEmbedding, RMSNormalization."""
     pytest.importorskip("onnxscript")
@@ -153,7 +148,7 @@ def test_models_of_pytorchs_exporter(
     count = torch.export.Dim("count", min=2, max=512)
     path = tmp_path / "model.onnx"
     torch.onnx.export(
-        load("exported_llama").Logits(model).eval(),
+        helper("compiler/exported_llama").Logits(model).eval(),
         (torch.tensor([TOKENS]),),
         path,
         dynamo=True,

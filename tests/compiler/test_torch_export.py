@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -36,14 +34,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 
 @pytest.fixture(scope="module")
-def models() -> ModuleType:
+def models(helper: Callable[[str], ModuleType]) -> ModuleType:
     """The module `exported_llama.py`."""
-    path, name = Path(__file__).with_name("exported_llama.py"), "llamac_tests_exported_llama"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return helper("compiler/exported_llama")
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import importlib.util
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,20 +27,17 @@ Q4_0, Q4_1, Q8_0, BF16 = 2, 3, 8, 30
 
 
 @pytest.fixture(scope="module")
-def write(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def write(
+    helper: Callable[[str], ModuleType], tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """write(name, types, table): the float model of the repository as a GGUF file."""
-    path = Path(__file__).parents[1] / "compiler" / "gguf_layout.py"
-    spec = importlib.util.spec_from_file_location("llamac_e2e_gguf_layout", path)
-    assert spec is not None and spec.loader is not None
-    layout = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = layout
-    spec.loader.exec_module(layout)
     folder = tmp_path_factory.mktemp("gguf")
 
+    layout = helper("compiler/gguf_layout")
+
     def make(name: str, types: Any, table: int) -> Path:
-        written: Path = layout.make_layout(from_meta(tiny / "bf16"), types, table).write(
-            folder / f"{name}.gguf"
-        )
+        made = layout.make_layout(from_meta(tiny / "bf16"), types, table)
+        written: Path = made.write(folder / f"{name}.gguf")
         return written
 
     return make

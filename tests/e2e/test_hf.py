@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,20 +18,9 @@ from llamac.runtime.manifest import read_manifest
 Llamac = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def load(stem: str) -> ModuleType:
-    """A module of the compiler's tests."""
-    path = Path(__file__).parents[1] / "compiler" / f"{stem}.py"
-    spec = importlib.util.spec_from_file_location(f"llamac_e2e_{stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def layouts() -> ModuleType:
-    return load("hf_layout")
+def layouts(helper: Callable[[str], ModuleType]) -> ModuleType:
+    return helper("compiler/hf_layout")
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +60,13 @@ def test_quantized_folders(
     scheme: str,
     requantize: bool,
     layouts: ModuleType,
+    helper: Callable[[str], ModuleType],
     floats: Checkpoint,
     compiled: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """GPTQ in groups of 128 is kept; AWQ with zero points is converted. Both are verified twice."""
-    packing = load("hf_packing")
+    packing = helper("compiler/hf_packing")
     encode = packing.gptq(128) if scheme == "gptq" else packing.awq(128, symmetric=False)
     layout = layouts.make_layout(floats, encode)
     layout.config["quantization_config"] = packing.CONFIGS[scheme]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -27,15 +25,9 @@ TOKENS = [1, 40, 300, 77, 512, 9, 200, 640]
 
 
 @pytest.fixture(scope="module")
-def layout() -> ModuleType:
+def layout(helper: Callable[[str], ModuleType]) -> ModuleType:
     """The module `peft_layout.py` of the compiler's tests."""
-    path = Path(__file__).parents[1] / "compiler" / "peft_layout.py"
-    spec = importlib.util.spec_from_file_location("llamac_e2e_peft_layout", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return helper("compiler/peft_layout")
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -17,17 +17,13 @@ Llamac = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def build(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def build(
+    helper: Callable[[str], ModuleType], tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """What the model builder makes of it, by precision."""
     pytest.importorskip("onnxruntime_genai")
-    path = Path(__file__).parents[1] / "compiler" / "hf_layout.py"
-    spec = importlib.util.spec_from_file_location("llamac_e2e_hf_layout", path)
-    assert spec is not None and spec.loader is not None
-    layout = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = layout
-    spec.loader.exec_module(layout)
     folder = tmp_path_factory.mktemp("genai")
-    hf = layout.make_layout(from_meta(tiny / "bf16")).write(folder / "hf")
+    hf = helper("compiler/hf_layout").make_layout(from_meta(tiny / "bf16")).write(folder / "hf")
 
     def make(precision: str) -> Path:
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]

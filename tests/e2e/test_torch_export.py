@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,27 +17,18 @@ Llamac = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
-def load(stem: str) -> ModuleType:
-    """A module of the compiler's tests."""
-    path = Path(__file__).parents[1] / "compiler" / f"{stem}.py"
-    spec = importlib.util.spec_from_file_location(f"llamac_e2e_{stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def exported(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(
+    helper: Callable[[str], ModuleType], tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The example model of bfloat16 as transformers has it, exported and saved."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("exported")
-    hf = load("hf_layout").make_layout(from_meta(tiny / "bf16")).write(folder / "hf")
+    hf = helper("compiler/hf_layout").make_layout(from_meta(tiny / "bf16")).write(folder / "hf")
     model = transformers.LlamaForCausalLM.from_pretrained(hf, dtype=torch.bfloat16).eval()
     count = torch.export.Dim("count", min=2, max=512)
     tokens = torch.zeros(1, 8, dtype=torch.int64)
-    logits = load("exported_llama").Logits(model)
+    logits = helper("compiler/exported_llama").Logits(model)
     program = torch.export.export(logits, (tokens,), dynamic_shapes=({1: count},))
     torch.export.save(program, folder / "tiny.pt2")
     (folder / "tokenizer.json").write_bytes((hf / "tokenizer.json").read_bytes())

@@ -6,9 +6,7 @@ allocates every tensor anew and calls whole kernels, so equal logits mean that n
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -128,17 +126,9 @@ class Machine:
 
 
 @pytest.fixture(scope="module")
-def meta_layout() -> ModuleType:
+def meta_layout(helper: Callable[[str], ModuleType]) -> ModuleType:
     """The module that writes random checkpoints for the compiler's tests."""
-    name = "llamac_tests_meta_layout"
-    path = Path(__file__).parents[1] / "compiler" / "meta_layout.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return helper("compiler/meta_layout")
 
 
 @pytest.fixture(scope="module", params=[pytest.param(VARIANTS[0], id=str(VARIANTS[0])), *SLOW])

@@ -169,13 +169,8 @@ def test_verify_says_by_its_exit_code_whether_it_passed(
     text.write_text("Once upon", "utf-8")
     arguments = ["verify", "out", "model", "--text", str(text), "--tokens", "9", "--level", "avx2"]
     assert main([*arguments, "--all-functions", "--threads", "1"]) == code
-    options = {
-        "threads": 1,
-        "level": "avx2",
-        "all_functions": True,
-        "machine": None,
-        "calibration": None,
-    }
+    options = {"threads": 1, "level": "avx2", "all_functions": True}
+    options |= dict.fromkeys(("machine", "calibration", "lora"))
     assert calls == [(Path("out"), Path("model"), "Once upon", 9, options)]
     printed = capsys.readouterr().out
     assert "decode: norm_1x8  2      121.5    2e-07" in printed

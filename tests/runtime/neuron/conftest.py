@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,20 +26,6 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror")
 NEEDED = "optional extra: pip install 'llamac[apu]'"
 VARIABLE = "LLAMAC_NEURON_LIBRARIES"
 DTYPES = {"int16": "0 16", "float32": "2 32"}
-
-
-def _load(name: str) -> ModuleType:
-    """A module beside the tests of the compiler's side."""
-    full = f"llamac_tests_{name}"
-    if full not in sys.modules:
-        path = Path(__file__).parents[2] / "targets" / "neuropilot" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(full, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[full] = module
-        spec.loader.exec_module(module)
-    return sys.modules[full]
 
 
 @dataclass(frozen=True)
@@ -103,16 +87,16 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="session")
-def small_tflite() -> ModuleType:
+def small_tflite(helper: Callable[[str], ModuleType]) -> ModuleType:
     """The module `small_tflite.py`."""
     pytest.importorskip("ai_edge_litert", reason=NEEDED)
-    return _load("small_tflite")
+    return helper("targets/neuropilot/small_tflite")
 
 
 @pytest.fixture(scope="session")
-def official_plugin() -> ModuleType:
+def official_plugin(helper: Callable[[str], ModuleType]) -> ModuleType:
     """The module `official_plugin.py`, which also reads what the double wrote."""
-    return _load("official_plugin")
+    return helper("targets/neuropilot/official_plugin")
 
 
 @pytest.fixture(scope="session")

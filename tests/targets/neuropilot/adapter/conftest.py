@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,30 +12,17 @@ import pytest
 NEEDED = "optional extra: pip install 'llamac[apu]'"
 
 
-def _load(name: str) -> ModuleType:
-    full = f"llamac_tests_{name}"
-    if full not in sys.modules:
-        path = Path(__file__).parents[1] / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(full, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[full] = module
-        spec.loader.exec_module(module)
-    return sys.modules[full]
-
-
 @pytest.fixture(scope="session")
-def small_tflite() -> ModuleType:
+def small_tflite(helper: Callable[[str], ModuleType]) -> ModuleType:
     """The module `small_tflite.py`."""
     pytest.importorskip("ai_edge_litert", reason=NEEDED)
-    return _load("small_tflite")
+    return helper("targets/neuropilot/small_tflite")
 
 
 @pytest.fixture(scope="session")
-def official_plugin() -> ModuleType:
+def official_plugin(helper: Callable[[str], ModuleType]) -> ModuleType:
     """The module `official_plugin.py`."""
-    return _load("official_plugin")
+    return helper("targets/neuropilot/official_plugin")
 
 
 @pytest.fixture(scope="session")
