@@ -21,6 +21,8 @@ and a `fix`. `docs/errors.md` has one section per code, and a test compares the 
     │   ├── RecordsInvalid          records-invalid        a file holds no tuning records
     │   ├── TuningMissing           tuning-missing         no record for a kernel that needs one
     │   ├── TuningImpossible        tuning-impossible      nothing to tune, or no way to measure it
+    │   ├── FarmUnreachable         farm-unreachable       no tracker, or all devices are lost
+    │   ├── FarmUnfit               farm-unfit             no device of a farm fits what is tuned
     │   ├── ToolchainMissing        toolchain-missing      a compiler, emulator or SDK was not found
     │   └── BuildFailed             build-failed           a tool ran and failed
     ├── CoverageError           coverage              an operation no target can compile
@@ -161,6 +163,18 @@ class TuningImpossible(TargetError):
     """There is nothing to tune, or no way to measure it here."""
 
     code = "tuning-impossible"
+
+
+class FarmUnreachable(TargetError):
+    """A farm's tracker does not answer, or its devices are lost one after the other."""
+
+    code = "farm-unreachable"
+
+
+class FarmUnfit(TargetError):
+    """A farm has no device that fits what is to be tuned."""
+
+    code = "farm-unfit"
 
 
 class ToolchainMissing(TargetError):

@@ -150,6 +150,11 @@ class KernelCall:
         head = (magic, self.begin, self.end, len(self.tensors), self.repeats, size)
         return b"".join([_CALL.pack(*head), behind_head, *records, bytes(data)])
 
+    @property
+    def data_bytes(self) -> int:
+        """Size of all tensors with what lies between them."""
+        return sum(map(self._padded, self.tensors))
+
     def decode(self, data: bytes) -> list[Array]:
         """The tensors after the call."""
         results, offset = [], 0
@@ -161,7 +166,7 @@ class KernelCall:
 
     def decode_costs(self, data: bytes) -> Packets:
         """What the calls executed."""
-        return Packets(*_COSTS.unpack_from(data, sum(map(self._padded, self.tensors))))
+        return Packets(*_COSTS.unpack_from(data, self.data_bytes))
 
     def _padded(self, tensor: Array) -> int:
         return -(-tensor.nbytes // self.alignment) * self.alignment

@@ -31,6 +31,7 @@ COMMANDS = (
     "quantize",
     "adapt",
     "tune",
+    "farm",
     "run",
     "bench",
     "verify",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 COSTS = ("auto", "time", "cycles", "instructions", "packets")
 DEFAULT_TRIALS = 32
+DEFAULT_WAIT = 600
 
 EPILOG = """\
 examples:
@@ -35,6 +36,7 @@ examples:
   llamac tune llama-3.2-1b --target host --trials 16 --time 120
   llamac tune llama-3.2-1b:qlora --target sm8650 --level i8mm --kernels qmatmul
   llamac tune llama-3.2-1b --target sm8650 --processor hvx
+  llamac tune llama-3.2-1b --target sm8650 --farm 127.0.0.1:9190
   llamac tune llama-1b-host --list
 
 MODEL is a bundle (its SoC is known), a checkpoint, or a name: llama-3.2-1b or llama-3.2-3b, then
@@ -50,6 +52,7 @@ What is measured depends on the SoC, --cost chooses:
   instructions  the same without a model
   packets       under qemu-hexagon: hvx
 Only time is time: the others know no caches and no memory, and rank kernels that compute.
+With --farm the devices of a farm measure, several at a time; see `llamac farm --help`.
 
 Records are appended as they are made. Ctrl-C loses nothing: the same command goes on where it was.
 `llamac compile` uses them at once; nothing has to be named.
@@ -75,6 +78,19 @@ def add_parser(subparsers: Subparsers) -> None:
         "--kernels", metavar="TEXT", default="", help="only kernels with this in their name"
     )
     parser.add_argument("--cost", choices=COSTS, default="auto", help="what is measured")
+    parser.add_argument(
+        "--farm", metavar="HOST:PORT", help="measure on the devices of this tracker (llamac farm)"
+    )
+    parser.add_argument(
+        "--key", metavar="SOC-CORE", help="devices of the farm (default: what is tuned)"
+    )
+    parser.add_argument(
+        "--farm-wait",
+        metavar="SECONDS",
+        type=positive_int,
+        default=DEFAULT_WAIT,
+        help=f"for a device, or a tracker that went away (default: {DEFAULT_WAIT})",
+    )
     parser.add_argument(
         "--trials",
         metavar="N",
@@ -151,7 +167,7 @@ def _tune(
     deadline = None if args.time is None else time.monotonic() + args.time
     states: list[KernelState] = []
     made = 0
-    with open_measurer(args.cost, model, level) as measurer, display_for(args, specs) as display:
+    with _measurer(args, model, level) as measurer, display_for(args, specs) as display:
         writer = RecordWriter(path)
 
         def sink(records: Sequence[Record]) -> None:
@@ -184,6 +200,20 @@ def _history(path: Path, *, quiet: bool) -> Sequence[Record]:
     if found.torn and not quiet:
         notice(f"note: {path}: {found.torn} damaged lines were skipped")
     return found.records
+
+
+def _measurer(args: argparse.Namespace, model: ModelKernels, level: Isa) -> Measurer:
+    """A farm, or this machine."""
+    if args.farm is None:
+        return open_measurer(args.cost, model, level)
+    from llamac.compiler.farm.keys import key_of  # noqa: PLC0415
+    from llamac.compiler.farm.measurer import FarmMeasurer, FarmOptions  # noqa: PLC0415
+    from llamac.compiler.farm.tracker import Address  # noqa: PLC0415
+
+    target = model.target
+    options = FarmOptions(Address.parse(args.farm), args.key or key_of(target), wait=args.farm_wait)
+    say = (lambda line: None) if args.quiet else notice
+    return FarmMeasurer(options, target.arch, level.name, target.tuned_core, args.cost, say)
 
 
 def open_measurer(cost: str, model: ModelKernels, level: Isa) -> Measurer:

@@ -125,7 +125,7 @@ def model_kernels(
             cause=f"its SoC file lists {', '.join(plugins)}",
             fix="choose one of them with --processor",
         )
-    target = _cpu_target(plugins[processor], soc)
+    target = cpu_target(plugins[processor], soc)
     name, _, form = model.partition(":")
     if name in MODELS:
         checkpoint = _named_model(name, form or "spinquant")
@@ -134,7 +134,13 @@ def model_kernels(
     return ModelKernels(target, _of_checkpoint(checkpoint, target, options))
 
 
-def _cpu_target(plugin: str, soc: str) -> CpuTarget:
+def cpu_target(plugin: str, soc: str) -> CpuTarget:
+    """The target of a SoC's processor, if its kernels can be tuned.
+
+    Raises:
+        TuningImpossible: they are another compiler's.
+        LlamacError: what loading the SoC or the plug-in raises.
+    """
     target = make_target(plugin, load_soc(soc))
     if not isinstance(target, CpuTarget):
         raise TuningImpossible(
@@ -208,7 +214,7 @@ def _of_bundle(bundle: Path, soc: str | None) -> ModelKernels:
             cause="a bundle holds the kernels of one SoC",
             fix="leave out --target, or give the checkpoint instead of the bundle",
         )
-    target = _cpu_target(manifest.target.plugin, manifest.target.soc)
+    target = cpu_target(manifest.target.plugin, manifest.target.soc)
     program = Program.from_json((bundle / manifest.file("program")).read_text("utf-8"))
     specs = (spec_of(kernel) for kernel in program.kernels if FAMILIES[kernel.family].KNOBS)
     return ModelKernels(target, _different(specs))

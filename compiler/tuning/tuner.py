@@ -231,7 +231,8 @@ class _KernelRun:
     def _next_batch(self) -> list[Candidate]:
         """The best unmeasured candidates by the model, and some by chance."""
         left = [c for c in self._candidates if c.code not in self._measured]
-        count = min(BATCH, self.state.budget - self.state.trials, len(left))
+        batch = max(BATCH, self._tuner._measurer.parallel)
+        count = min(batch, self.state.budget - self.state.trials, len(left))
         by_model = []
         if self._model.is_fitted:
             by_model = self._by_prediction(left)[: max(1, count - RANDOM_IN_BATCH)]

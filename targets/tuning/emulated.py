@@ -144,10 +144,34 @@ class AarchCounter(EmulatedMeasurer):
                 cause="it computes some outer products wrongly, so that no result can be judged",
                 fix="tune another level (--level), or name a newer QEMU with LLAMAC_QEMU",
             )
-        self._model = CORES.get(core) if use_model and find_mca() else None
-        self.device = f"qemu-aarch64 {version}"
-        if self._model is not None:
-            self.device += f", llvm-mca for {MODELS[self._model]}"
+        self._model = CoreModel(core if use_model else "")
+        self.device = f"qemu-aarch64 {version}{self._model.title}"
+
+    def kind(self, problem: Problem) -> str:
+        """Cycles if the model knows the default's hot loop, else instructions."""
+        return self._model.kind(problem)
+
+    def _count(self, program: Path, call: KernelCall) -> tuple[list[Array], float]:
+        data, [counts] = count_instructions(self.emulator, [program], call.encode())
+        return call.decode(data), counts.total
+
+    def _cost(self, problem: Problem, func: PrimFunc, count: float) -> float:
+        return self._model.cost(problem, func, count)
+
+
+class CoreModel:
+    """Cycles of a core for counted instructions, by llvm-mca's prediction of the hot loop.
+
+    Args:
+        core: of the SoC, "cortex-x4"; one that llvm-mca does not model has no cycles.
+
+    Attributes:
+        title: what records say of it, behind the emulator.
+    """
+
+    def __init__(self, core: str) -> None:
+        self._model = CORES.get(core) if find_mca() else None
+        self.title = "" if self._model is None else f", llvm-mca for {MODELS[self._model]}"
         self._kinds: dict[str, str] = {}
 
     def kind(self, problem: Problem) -> str:
@@ -159,11 +183,12 @@ class AarchCounter(EmulatedMeasurer):
             self._kinds[name] = "cycles" if is_known else "instructions"
         return self._kinds[name]
 
-    def _count(self, program: Path, call: KernelCall) -> tuple[list[Array], float]:
-        data, [counts] = count_instructions(self.emulator, [program], call.encode())
-        return call.decode(data), counts.total
+    def cost(self, problem: Problem, func: PrimFunc, count: float) -> float:
+        """The cost of what was counted, in the problem's kind.
 
-    def _cost(self, problem: Problem, func: PrimFunc, count: float) -> float:
+        Raises:
+            ValueError: the model knows the default's hot loop, but not this one's.
+        """
         if self.kind(problem) == "instructions":
             return count
         per_cycle = self._predict(problem, func)
@@ -173,9 +198,11 @@ class AarchCounter(EmulatedMeasurer):
 
     def _predict(self, problem: Problem, func: PrimFunc) -> float | None:
         """Instructions of the hot loop for each cycle of the model."""
+        if self._model is None:
+            return None
         assembly = compile_kernels({SYMBOL: func}, problem.isa).inspect_source("asm")
         loop = hot_loop(parse_assembly(assembly))
-        if loop is None or self._model is None:
+        if loop is None:
             return None
         rate = macs_per_cycle(loop, MODELS[self._model])
         return None if rate is None else rate * loop.instructions / loop.macs

@@ -103,9 +103,11 @@ class Measurer(AbstractContextManager["Measurer"], ABC):
     Attributes:
         device: what is measured on, for records.
         is_exact: measuring again gives the same.
+        parallel: candidates that it measures at a time.
     """
 
     device: str = ""
+    parallel: int = 1
     is_exact: bool = False
 
     @abstractmethod

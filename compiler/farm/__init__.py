@@ -1,0 +1,1 @@
+"""Device farms: kernels are measured on devices that a tracker leases."""
