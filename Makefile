@@ -15,7 +15,7 @@ else
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 endif
-LLAMAC_EXTRAS ?= compiler,dev
+LLAMAC_EXTRAS ?= compiler,dev,farm
 LLAMAC := $(dir $(PYTHON))llamac
 
 # What `make devices` fetches; tests look here.
