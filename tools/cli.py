@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
@@ -76,10 +76,17 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name in COMMANDS:
         import_module(f"llamac.tools.{name}").add_parser(subparsers)
-    for command in subparsers.choices.values():
+    for command in [*subparsers.choices.values(), *_parts(subparsers.choices.values())]:
         # Common options work before and after the command; a default here would undo the former.
         _add_common(command.add_argument_group("common options"), default=argparse.SUPPRESS)
     return parser
+
+
+def _parts(commands: Iterable[argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
+    """Parsers of the parts that a command may have, as `llamac farm` has."""
+    actions = [action for command in commands for action in command._actions]
+    parts = [a.choices for a in actions if isinstance(a, argparse._SubParsersAction)]
+    return [parser for choices in parts for parser in choices.values()]
 
 
 def _add_common(parser: argparse._ActionsContainer, default: bool | str) -> None:

@@ -14,7 +14,7 @@ from llamac.tools.console import Subparsers, notice, positive_int, print_json, p
 
 PORT = 9190
 EPILOG = """\
-examples, each in a terminal of its own:
+examples:
   llamac farm tracker
   llamac farm serve --device adb:0a1b2c3d --key sm8650-cortex-x4 --cpu 7
   llamac farm serve --device ssh:pi@rpi5 --key rpi5-cortex-a76
@@ -22,8 +22,9 @@ examples, each in a terminal of its own:
   llamac farm status --watch
   llamac tune llama-3.2-1b --target sm8650 --farm 127.0.0.1
 
-A tracker knows devices by key and leases each to one tuner at a time. An agent (serve) stands
-beside one device and needs nothing on it: programs are static, and are copied, run and removed.
+Tracker and serve each keep a terminal, until Ctrl-C. The tracker knows devices by key and leases
+each to one tuner at a time. An agent (serve) stands beside one device and needs nothing on it:
+programs are static, and are copied, run and removed.
 
 Nothing listens on other addresses than 127.0.0.1. To serve a tracker on another host, its ssh is
 enough: llamac farm serve --via tuner@host ... Whoever reaches an agent can run programs on its
@@ -112,9 +113,12 @@ def _tracker(args: argparse.Namespace) -> int:
     from llamac.compiler.farm.tracker import Address, serve  # noqa: PLC0415
 
     address = Address(_check_address(args), args.port)
-    if not args.quiet:
-        notice(f"tracker at {address}; Ctrl-C ends it")
-    serve(address)
+
+    def ready() -> None:
+        if not args.quiet:
+            notice(f"tracker at {address}; Ctrl-C ends it")
+
+    serve(address, ready)
     return 0
 
 
@@ -132,7 +136,7 @@ def _serve(args: argparse.Namespace) -> int:
     address = Address(_check_address(args), 0)
     device = Device.parse(args.device, args.cpu, args.ssh_config)
     tracker = Address.parse(args.tracker)
-    supervise(Service(args.key, device, tracker, address, args.via, args.ssh_config))
+    supervise(Service(args.key, device, tracker, address, via=args.via, ssh_config=args.ssh_config))
     return 0
 
 

@@ -79,19 +79,6 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--cost", choices=COSTS, default="auto", help="what is measured")
     parser.add_argument(
-        "--farm", metavar="HOST:PORT", help="measure on the devices of this tracker (llamac farm)"
-    )
-    parser.add_argument(
-        "--key", metavar="SOC-CORE", help="devices of the farm (default: what is tuned)"
-    )
-    parser.add_argument(
-        "--farm-wait",
-        metavar="SECONDS",
-        type=positive_int,
-        default=DEFAULT_WAIT,
-        help=f"for a device, or a tracker that went away (default: {DEFAULT_WAIT})",
-    )
-    parser.add_argument(
         "--trials",
         metavar="N",
         type=positive_int,
@@ -107,7 +94,24 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of chance (default: 0)")
     parser.add_argument("--list", action="store_true", help="show the kernels, measure nothing")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_farm_options(parser.add_argument_group("devices of a farm"))
     _add_model_options(parser.add_argument_group("how checkpoints and named models are compiled"))
+
+
+def _add_farm_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--farm", metavar="HOST:PORT", help="measure on the devices of this tracker (llamac farm)"
+    )
+    group.add_argument(
+        "--key", metavar="SOC-CORE", help="devices of the farm (default: what is tuned)"
+    )
+    group.add_argument(
+        "--farm-wait",
+        metavar="SECONDS",
+        type=positive_int,
+        default=DEFAULT_WAIT,
+        help=f"for a device, or a tracker that went away (default: {DEFAULT_WAIT})",
+    )
 
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:

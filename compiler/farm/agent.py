@@ -109,17 +109,18 @@ class Agent:
 
     # -- Offering the device -----------------------------------------------------------------------
 
-    async def run(self, address: Address) -> None:
+    async def run(self, address: Address, port: int = 0) -> None:
         """Lend the device until cancelled.
 
         Args:
-            address: where clients connect; port 0 is any.
+            address: where to listen; port 0 is any.
+            port: that clients connect to; 0: the one that it listens on.
 
         Raises:
             OSError: the address cannot be had.
         """
         server = await asyncio.start_server(self._connected, address.host, address.port)
-        self._port = server.sockets[0].getsockname()[1]
+        self._port = port or server.sockets[0].getsockname()[1]
         async with server:
             while True:
                 try:

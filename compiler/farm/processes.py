@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import os
 import resource
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MOST_MESSAGE = 400
+NO_PROGRAM = 126  # as shells say it
 MOST_MEMORY = 8 << 30
 _PDEATHSIG = 1
 
@@ -74,6 +76,8 @@ async def run_process(
             preexec_fn=limits,
         )
     except (OSError, subprocess.SubprocessError) as error:
+        if getattr(error, "errno", None) == errno.ENOEXEC:
+            return NO_PROGRAM, "it is no program of this machine"
         raise DeviceLost(f"{Path(command[0]).name} does not start: {error}") from error
     said = asyncio.create_task(_last_words(process))
     try:

@@ -40,7 +40,8 @@ class Service:
         key: of the device, "sm8650-cortex-x4".
         device: the way to it.
         tracker: where it is offered; with `via` as that host sees it.
-        address: where clients connect; port 0 is any.
+        address: where the agent listens; port 0 is any.
+        port: that clients connect to; 0: the one that it listens on.
         via: host through which tracker and clients are reached, by ssh; "": directly.
         ssh_config: a file in place of ssh's own configuration.
         patience: of the agent.
@@ -51,6 +52,7 @@ class Service:
     device: Device
     tracker: Address
     address: Address
+    port: int = 0
     via: str = ""
     ssh_config: str = ""
     patience: Patience = field(default_factory=Patience)
@@ -131,12 +133,17 @@ def through_tunnel(service: Service) -> tuple[Service, list[str]]:
     The tracker's port of the other host comes here, and the agent's port goes there, both on
     loopback. Ports are chosen by chance; one that is taken ends the tunnel, and others are tried.
     """
-    agent, tracker = (_FIRST_PORT + secrets.randbelow(_PORTS) for _ in range(2))
+    agent, tracker, port = (_FIRST_PORT + secrets.randbelow(_PORTS) for _ in range(3))
     forward = f"{LOOPBACK}:{tracker}:{service.tracker.host}:{service.tracker.port}"
-    back = f"{LOOPBACK}:{agent}:{LOOPBACK}:{agent}"
+    back = f"{LOOPBACK}:{port}:{LOOPBACK}:{agent}"
     options = [*ssh_options(service.ssh_config), "-o", "ExitOnForwardFailure=yes"]
     command = ["ssh", "-N", *options, "-L", forward, "-R", back, service.via]
-    inner = replace(service, tracker=Address(LOOPBACK, tracker), address=Address(LOOPBACK, agent))
+    inner = replace(
+        service,
+        tracker=Address(LOOPBACK, tracker),
+        address=Address(LOOPBACK, agent),
+        port=port,
+    )
     return inner, command
 
 
@@ -148,13 +155,13 @@ def serve(service: Service, beats: Connection) -> None:
     transport = open_transport(service.device, target)
     canaries = make_canaries(target, transport.cost)
     agent = Agent(service.key, target.arch, transport, canaries, service.tracker, service.patience)
-    asyncio.run(_run(agent, service.address, beats))
+    asyncio.run(_run(agent, service, beats))
 
 
-async def _run(agent: Agent, address: Address, beats: Connection) -> None:
+async def _run(agent: Agent, service: Service, beats: Connection) -> None:
     beating = asyncio.create_task(_beat(beats))
     try:
-        await agent.run(address)
+        await agent.run(service.address, service.port)
     finally:
         beating.cancel()
 

@@ -16,7 +16,7 @@ import asyncio
 import json
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from tvm.rpc.base import RPC_TRACKER_MAGIC, TrackerCode
 
 from llamac.compiler.farm.protocol import receive_exactly
-from llamac.runtime.errors import FarmUnreachable, UsageError
+from llamac.runtime.errors import FarmUnreachable, ToolchainMissing, UsageError
 
 DEFAULT_PORT = 9190
 ANSWER_SECONDS = 5.0
@@ -236,15 +236,17 @@ class Registration:
 # -- The tracker itself ----------------------------------------------------------------------------
 
 
-def serve(address: Address) -> None:
+def serve(address: Address, ready: Callable[[], None] = lambda: None) -> None:
     """Be a tracker until the process ends.
+
+    Args:
+        address: to listen on.
+        ready: called when it does.
 
     Raises:
         UsageError: the address cannot be had.
         ToolchainMissing: the packages that TVM's tracker needs are not there.
     """
-    from llamac.runtime.errors import ToolchainMissing  # noqa: PLC0415
-
     try:
         from tvm.rpc.tracker import TrackerServerHandler  # noqa: PLC0415
     except ImportError as error:
@@ -253,7 +255,6 @@ def serve(address: Address) -> None:
             cause=str(error).strip().splitlines()[0],
             fix="pip install 'llamac[farm]'",
         ) from error
-    asyncio.set_event_loop(asyncio.new_event_loop())
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -265,5 +266,7 @@ def serve(address: Address) -> None:
                 fix="choose another port with --port; perhaps a tracker runs there already",
             ) from error
         listening.listen(64)
+        ready()
+        asyncio.set_event_loop(asyncio.new_event_loop())
         # Nobody knows the key with which a client could stop it.
         TrackerServerHandler(listening, object()).run()

@@ -34,6 +34,7 @@ COPY_SECONDS = 120.0  # to bring files to a device and back
 REMOTE_FOLDER = "llamac-farm"
 ADB_FOLDER = "/data/local/tmp"
 _TIMED_OUT = (124, 137)  # exit codes of timeout(1)
+_SIGNALS = 32
 _HOST = re.compile(r"[A-Za-z0-9_.@:\[\]][A-Za-z0-9_.@:\[\]-]*")
 
 
@@ -158,13 +159,13 @@ class ShellTransport(Transport):
         await self._do(self._push([folder / PROGRAM, folder / CALL], self._folder))
         program = " ".join([f"./{PROGRAM}", *self.arguments])
         line = (
-            f"cd {self._folder} && chmod 700 {PROGRAM} && "
+            f"cd {self._folder} && chmod 700 {PROGRAM} && ulimit -f {most_output // 512 + 1} && "
             f"timeout -s KILL {max(1, round(seconds))} {program} < {CALL} > {OUTPUT}"
         )
         code, said = await run_process(self.shell(line), seconds + COPY_SECONDS)
         if self._is_lost(code):
             raise DeviceLost(said or f"{self.name} ended with {code}")
-        problem = _problem(None if code in _TIMED_OUT else code, said, seconds)
+        problem = _problem(_code_of_program(code), said, seconds)
         if not problem:
             size = await self._do(self.shell(f"wc -c < {self._folder}/{OUTPUT}"))
             if not size.strip().isdecimal() or int(size) > most_output:
@@ -298,6 +299,13 @@ def check_host(text: str) -> str:
             fix="give it as `ssh` or `adb devices` knows it",
         )
     return text
+
+
+def _code_of_program(code: int | None) -> int | None:
+    """A program's exit code as this machine tells it, from that of a shell with timeout(1)."""
+    if code is None or code in _TIMED_OUT:
+        return None
+    return 128 - code if 128 < code < 128 + _SIGNALS else code
 
 
 def _problem(code: int | None, said: str, seconds: float) -> str:

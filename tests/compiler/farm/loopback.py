@@ -33,8 +33,8 @@ address = Address("127.0.0.1", 0)
 patience = Patience(hello=2, claim=2, poll=0.2, retry=0.5, most_retry=2, canary=60)
 device = Device.parse(given["device"], None, given["ssh_config"])
 tracker = Address("127.0.0.1", given["port"])
-supervise(Service(given["key"], device, tracker, address, given["via"], given["ssh_config"],
-                  patience, most_silence=4))
+supervise(Service(given["key"], device, tracker, address, via=given["via"],
+                  ssh_config=given["ssh_config"], patience=patience, most_silence=4))
 """
 _TRACK = "import sys; from llamac.tools.cli import main; sys.exit(main(sys.argv[1:]))"
 
