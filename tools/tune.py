@@ -20,7 +20,7 @@ from llamac.tools.console import (
 
 if TYPE_CHECKING:
     from llamac.compiler.tuning.kernels import ModelKernels
-    from llamac.compiler.tuning.tuner import KernelState
+    from llamac.compiler.tuning.tuner import KernelState, Tuner
     from llamac.schedules.intrin.isa import Isa
     from llamac.targets.cpu.kernels import KernelSpec
     from llamac.targets.tuning.measure import Measurer
@@ -91,6 +91,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--records", metavar="FILE", type=Path, help="append to this file (default: yours of SOC)"
     )
+    parser.add_argument(
+        "--builder", metavar="WHERE", default="local", help="local, local[N] or dask://HOST:PORT"
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of chance (default: 0)")
     parser.add_argument("--list", action="store_true", help="show the kernels, measure nothing")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -159,7 +162,8 @@ def _tune(
     args: argparse.Namespace, model: ModelKernels, specs: Sequence[KernelSpec], level: Isa
 ) -> list[KernelState]:
     """Tune kernel by kernel; records are in the file when this returns or raises."""
-    from llamac.compiler.tuning.tuner import Limits, Tuner  # noqa: PLC0415
+    from llamac.compiler.tuning.builder import open_builder  # noqa: PLC0415
+    from llamac.compiler.tuning.tuner import Tuner  # noqa: PLC0415
     from llamac.targets.cpu.knobs import level_name  # noqa: PLC0415
     from llamac.targets.tuning.records import Place, RecordWriter, user_file  # noqa: PLC0415
     from llamac.tools.tune_display import display_for  # noqa: PLC0415
@@ -168,10 +172,12 @@ def _tune(
     path = args.records or user_file(soc)
     history = _history(path, quiet=args.quiet)
     place = Place(soc, model.target.tuned_core, level_name(level))
-    deadline = None if args.time is None else time.monotonic() + args.time
-    states: list[KernelState] = []
     made = 0
-    with _measurer(args, model, level) as measurer, display_for(args, specs) as display:
+    with (
+        open_builder(args.builder) as builder,
+        _measurer(args, model, level) as measurer,
+        display_for(args, specs) as display,
+    ):
         writer = RecordWriter(path)
 
         def sink(records: Sequence[Record]) -> None:
@@ -179,19 +185,30 @@ def _tune(
             writer.append(*records)
             made += len(records)
 
-        tuner = Tuner(place, measurer, history, sink, display.show, args.seed)
+        tuner = Tuner(place, measurer, history, sink, display.show, args.seed, builder)
         try:
-            for i, spec in enumerate(specs):
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    break
-                seconds = None if left is None else left / (len(specs) - i)
-                states.append(tuner.tune(spec, level, Limits(args.trials, seconds)))
+            return _tune_all(tuner, specs, level, args)
         finally:
             writer.close()
             display.close()
             if not args.quiet:
                 notice(f"{made} new records in {path}")
+
+
+def _tune_all(
+    tuner: Tuner, specs: Sequence[KernelSpec], level: Isa, args: argparse.Namespace
+) -> list[KernelState]:
+    """One kernel after the other; each gets an equal part of the time that is left."""
+    from llamac.compiler.tuning.tuner import Limits  # noqa: PLC0415
+
+    deadline = None if args.time is None else time.monotonic() + args.time
+    states: list[KernelState] = []
+    for i, spec in enumerate(specs):
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            break
+        seconds = None if left is None else left / (len(specs) - i)
+        states.append(tuner.tune(spec, level, Limits(args.trials, seconds)))
     return states
 
 

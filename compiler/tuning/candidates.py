@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamac.schedules.kernel import compile_kernels
+from llamac.compiler.tuning.builder import Builder, Built
 from llamac.targets.cpu.object_cache import SWITCH, object_key
 from llamac.targets.toolchain import cache_folder
-from llamac.targets.tuning.features import per_product, read_assembly
-from llamac.targets.tuning.measure import SYMBOL, Candidate, Problem, last_line
+from llamac.targets.tuning.measure import SYMBOL, Candidate, Problem
 from llamac.targets.tuning.records import KnobValues, same
 
 VERSION = 1  # of the features
@@ -40,37 +39,40 @@ class Space:
     failed: tuple[tuple[KnobValues, str], ...]
 
 
-def find_candidates(problem: Problem, progress: Callable[[int, int], None]) -> Space:
+def find_candidates(
+    problem: Problem, progress: Callable[[int, int], None], builder: Builder | None = None
+) -> Space:
     """Compile all points of a kernel's space.
 
     Args:
         problem: the kernel.
         progress: called with the points done and their number.
+        builder: compiles those that are not known; None: this process does.
     """
     points = problem.spec.points(problem.isa)
     cache = _Cache(problem)
+    known: dict[str, Built] = {}
+    for point in points:
+        if candidate := cache.get(point):
+            known[same(point)] = candidate
+    progress(len(known), len(points))
+    new = [point for point in points if same(point) not in known]
+    try:
+        for knobs, built in (builder or Builder()).build(problem.spec, problem.isa, new):
+            known[same(knobs)] = built if isinstance(built, str) else cache.put(built)
+            progress(len(known), len(points))
+    finally:  # Ctrl-C loses no candidate either
+        cache.save()
     by_code: dict[str, Candidate] = {}
     failed: list[tuple[KnobValues, str]] = []
-    for done, knobs in enumerate(points):
-        progress(done, len(points))
-        try:
-            candidate = cache.get(knobs) or cache.put(_compile(problem, knobs))
-        except Exception as error:  # TVM raises all kinds
-            failed.append((knobs, last_line(error)))
-            continue
-        by_code.setdefault(candidate.code, candidate)
-    progress(len(points), len(points))
-    cache.save()
+    for point in points:  # in their order: the default is the first
+        built = known[same(point)]
+        if isinstance(built, str):
+            failed.append((point, built))
+        else:
+            by_code.setdefault(built.code, built)
     found = tuple(by_code.values())
     return Space(found, len(points) - len(found) - len(failed), tuple(failed))
-
-
-def _compile(problem: Problem, knobs: KnobValues) -> Candidate:
-    module = compile_kernels({SYMBOL: problem.build(knobs)}, problem.isa)
-    code = read_assembly(module.inspect_source("asm"))
-    shape = problem.spec.shape
-    tokens = next((getattr(shape, name) for name in ("m", "tokens") if hasattr(shape, name)), 1)
-    return Candidate(knobs, code.code, per_product(code, tokens, int(knobs.get("mr", 1))))
 
 
 class _Cache:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 
+from llamac.compiler.tuning.builder import Builder
 from llamac.compiler.tuning.candidates import Space, find_candidates
 from llamac.compiler.tuning.cost_model import CostModel, Sample, spread
 from llamac.compiler.tuning.problems import make_problem
@@ -109,6 +110,7 @@ class Tuner:
         sink: called with new records, as soon as there are some.
         show: called with the state of a kernel whenever it changed.
         seed: of chance.
+        builder: compiles candidates; None: this process does.
     """
 
     def __init__(
@@ -119,10 +121,12 @@ class Tuner:
         sink: Callable[[Sequence[Record]], None],
         show: Show,
         seed: int = 0,
+        builder: Builder | None = None,
     ) -> None:
         self._place, self._measurer, self._sink, self._show = place, measurer, sink, show
         self._history = [record for record in history if self._is_fresh(record)]
         self._random = random.Random(seed)
+        self._builder = builder or Builder()
         self._samples: dict[tuple[str, str, bool], list[Sample]] = {}
 
     def _is_fresh(self, record: Record) -> bool:
@@ -159,7 +163,7 @@ class _KernelRun:
 
     def run(self) -> KernelState:
         """Measure until it is enough."""
-        space = find_candidates(self._problem, self._compiling)
+        space = find_candidates(self._problem, self._compiling, self._tuner._builder)
         self._candidates = space.candidates
         self._record_failures(space)
         self.state.candidates = len(space.candidates)

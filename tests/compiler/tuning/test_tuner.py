@@ -220,7 +220,7 @@ def test_the_second_time_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) ->
     """Candidates are kept by everything that decides their code."""
     problem = make_problem(SPEC, LEVEL)
     first = find_candidates(problem, lambda done, points: None)
-    monkeypatch.setattr("llamac.compiler.tuning.candidates.compile_kernels", None)
+    monkeypatch.setattr("llamac.compiler.tuning.builder.compile_kernels", None)
     assert find_candidates(problem, lambda done, points: None) == first
     other = make_problem(replace(SPEC, shape=QMatmulShape(8, 64, 128)), LEVEL)
     assert find_candidates(other, lambda done, points: None).candidates == ()
