@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 COSTS = ("auto", "time", "cycles", "instructions", "packets")
 DEFAULT_TRIALS = 32
 DEFAULT_WAIT = 600
+REPORT = "report"  # in place of a model
+DEFAULT_PAGE = "tune-report.html"
 
 EPILOG = """\
 examples:
@@ -38,9 +40,11 @@ examples:
   llamac tune llama-3.2-1b --target sm8650 --processor hvx
   llamac tune llama-3.2-1b --target sm8650 --farm 127.0.0.1:9190
   llamac tune llama-1b-host --list
+  llamac tune report --target sm8650 --output sm8650.html
 
 MODEL is a bundle (its SoC is known), a checkpoint, or a name: llama-3.2-1b or llama-3.2-3b, then
-perhaps :spinquant, :qlora, :ptq or :float.
+perhaps :spinquant, :qlora, :ptq or :float. With `report` in its place nothing is measured: a page
+shows what was, of --records or else of all your records, or those of --target.
 
 A kernel's generator declares a few knobs: tokens per tile, loops unrolled, how far ahead to
 prefetch. Each point is compiled, equal code is measured once, and a result that differs from the
@@ -96,6 +100,9 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of chance (default: 0)")
     parser.add_argument("--list", action="store_true", help="show the kernels, measure nothing")
+    parser.add_argument(
+        "-o", "--output", metavar="PAGE", type=Path, help=f"of report (default: {DEFAULT_PAGE})"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     _add_farm_options(parser.add_argument_group("devices of a farm"))
     _add_model_options(parser.add_argument_group("how checkpoints and named models are compiled"))
@@ -126,6 +133,8 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tune; print what each kernel gained."""
+    if args.model == REPORT:
+        return _report(args)
     from llamac.compiler.tuning.kernels import ModelOptions, model_kernels  # noqa: PLC0415
 
     options = ModelOptions(args.context, args.chunks, args.scales, args.kv_cache)
@@ -144,6 +153,25 @@ def run(args: argparse.Namespace) -> int:
             plain=args.plain,
             header=("kernel", "trials", "of", "default", "best", "gain", "knobs"),
         )
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    """Write a page of what was measured."""
+    from llamac.targets.tuning.records import (  # noqa: PLC0415
+        read_folder,
+        read_records,
+        user_file,
+        user_folder,
+    )
+    from llamac.tools.tune_report import write_report  # noqa: PLC0415
+
+    path = args.records or (user_file(args.target) if args.target else None)
+    files = read_folder(user_folder()) if path is None else (read_records(path),)
+    out = args.output or Path(DEFAULT_PAGE)
+    count = write_report(files, out)
+    if not args.quiet:
+        notice(f"{count} kernels in {out}")
     return 0
 
 

@@ -260,7 +260,15 @@ class _KernelRun:
         predicted = self._predict(candidates) if self._model.is_fitted else None
         results = self._tuner._measurer.measure(self._problem, candidates)
         pairs = list(zip(candidates, results, strict=True))
-        self._tuner._sink([self._record(c.knobs, c.code, result) for c, result in pairs])
+        expected = predicted or [0.0] * len(pairs)
+        self._tuner._sink(
+            [
+                replace(
+                    self._record(c.knobs, c.code, result), predicted=_digits(guess * self._unit)
+                )
+                for (c, result), guess in zip(pairs, expected, strict=True)
+            ]
+        )
         for candidate, result in pairs:
             self._take(candidate, result)
         if predicted is not None:
@@ -337,7 +345,7 @@ class _KernelRun:
             shape=self._fields,
             knobs=knobs,
             status=result.status,
-            cost=float(f"{result.cost:.6g}"),
+            cost=_digits(result.cost),
             kind=result.kind,
             noise=round(result.noise, 4),
             code=code,
@@ -347,6 +355,11 @@ class _KernelRun:
             time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             note=result.note,
         )
+
+
+def _digits(cost: float) -> float:
+    """A cost as records have it."""
+    return float(f"{cost:.6g}")
 
 
 def template_hash() -> str:

@@ -71,6 +71,7 @@ class Record:
         tools: versions of what compiled it.
         time: when, UTC in ISO form.
         note: why it is not "ok".
+        predicted: what the tuner's model expected it to cost, 0 if it could not tell.
     """
 
     place: Place
@@ -87,6 +88,7 @@ class Record:
     tools: Mapping[str, str] = field(default_factory=dict)
     time: str = ""
     note: str = ""
+    predicted: float = 0.0
 
     @property
     def version(self) -> int:
@@ -97,8 +99,9 @@ class Record:
         """The record as one line, without the line's end."""
         fields = {"format": FORMAT, **asdict(self.place)}
         fields |= {name: value for name, value in vars(self).items() if name != "place"}
-        if not self.note:
-            del fields["note"]
+        for name in ("note", "predicted"):
+            if not fields[name]:
+                del fields[name]
         return json.dumps(fields, separators=(",", ":"))
 
     @classmethod
