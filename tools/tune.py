@@ -92,6 +92,12 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--time", metavar="SECONDS", type=positive_int, help="for all kernels of this run"
     )
+    _add_result_options(parser)
+    _add_farm_options(parser.add_argument_group("devices of a farm"))
+    _add_model_options(parser.add_argument_group("how checkpoints and named models are compiled"))
+
+
+def _add_result_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--records", metavar="FILE", type=Path, help="append to this file (default: yours of SOC)"
     )
@@ -104,8 +110,6 @@ def add_parser(subparsers: Subparsers) -> None:
         "-o", "--output", metavar="PAGE", type=Path, help=f"of report (default: {DEFAULT_PAGE})"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    _add_farm_options(parser.add_argument_group("devices of a farm"))
-    _add_model_options(parser.add_argument_group("how checkpoints and named models are compiled"))
 
 
 def _add_farm_options(group: argparse._ArgumentGroup) -> None:
@@ -171,7 +175,7 @@ def _report(args: argparse.Namespace) -> int:
     out = args.output or Path(DEFAULT_PAGE)
     count = write_report(files, out)
     if not args.quiet:
-        notice(f"{count} kernels in {out}")
+        notice(f"{out}: {count} kernel{'s' * (count != 1)}")
     return 0
 
 

@@ -33,7 +33,7 @@ h1{font-size:1.5rem}h2{font-size:1.05rem;margin:2.5rem 0 .3rem;overflow-wrap:any
 p{margin:.3rem 0}.soft{color:var(--soft)}.bad{color:var(--bad)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{text-align:left;padding:.25rem .7rem .25rem 0;border-bottom:1px solid var(--line);
-white-space:nowrap}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+white-space:nowrap}td:first-child{white-space:normal}a{color:var(--best)}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem}
 figure{margin:.6rem 0}figcaption{font-size:.85rem;color:var(--soft)}svg{width:100%;height:auto}
 svg text{fill:var(--soft);font:11px system-ui,sans-serif}.axis{stroke:var(--line)}
@@ -56,8 +56,9 @@ class Kernel:
     def name(self) -> str:
         """Family and shape."""
         first = self.records[0]
-        sizes = [f"{name} {value}" for name, value in first.shape.items() if _is_size(value)]
-        return f"{first.family} {', '.join(sizes)}"
+        fields = [f"{name} {value}" for name, value in first.shape.items() if _is_size(value)]
+        kind = str(first.shape.get("epilogue") or "")
+        return f"{first.family} {', '.join([*fields, *([kind] if kind else [])])}"
 
     @property
     def right(self) -> list[Record]:
@@ -65,21 +66,24 @@ class Kernel:
         return [record for record in self.records if record.status == "ok"]
 
     @property
+    def newest(self) -> dict[str, Record]:
+        """The newest measurement of each point; the default is first, as the tuner measures it."""
+        return {same(record.knobs): record for record in self.right}
+
+    @property
     def default(self) -> Record:
-        """The default: what the tuner measures first."""
-        return self.right[0]
+        """The default."""
+        return next(iter(self.newest.values()))
 
     @property
     def best(self) -> Record:
-        """The newest measurement of the point that costs least by its newest measurement."""
-        newest = {same(record.knobs): record for record in self.right}
-        return min(newest.values(), key=lambda record: record.cost)
+        """The point that costs least."""
+        return min(self.newest.values(), key=lambda record: record.cost)
 
     @property
     def gain(self) -> float:
         """How much less the best costs than the default, relative to the default."""
-        newest = {same(record.knobs): record.cost for record in self.right}
-        return 1 - self.best.cost / newest[same(self.default.knobs)]
+        return 1 - self.best.cost / self.default.cost
 
 
 def _is_size(value: object) -> bool:
@@ -233,7 +237,7 @@ class _Axes:
             for value in self._y
         )
         numbers = "".join(
-            f'<text x="{self.x(value):.1f}" y="{bottom + 14}" text-anchor="{anchor}">{value:.4g}'
+            f'<text x="{self.x(value):.1f}" y="{bottom + 14}" text-anchor="{anchor}">{value:.3g}'
             "</text>"
             for value, anchor in zip(self._x, ("start", "end"), strict=True)
         )
@@ -282,6 +286,5 @@ def _model(kernel: Kernel) -> str:
     return axes.picture(
         f'<path class="same" d="{line}"/>{axes.dots(pairs, "guess")}',
         "measured",
-        f"What the model expected (upwards), off by {100 * errors[len(errors) // 2]:.0f} % "
-        "in the middle",
+        f"What the model expected (upwards), median error {100 * errors[len(errors) // 2]:.0f} %",
     )
