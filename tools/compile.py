@@ -31,6 +31,7 @@ examples:
   llamac compile Llama-3.2-1B-Instruct-Q4_0.gguf --target host -o llama-1b-host
   llamac compile MODEL --target host -o out --dump ir/ --report report.json
   llamac compile MODEL --target sm8650 --processors cpu,htp --chunks 128 -o phone
+  llamac compile MODEL --targets sm8650,sm8750,rpi5 --builder local[2] -o bundles
   llamac compile Llama-3.2-1B-Instruct --quantize int4 --rotate --target host -o llama-1b-host
   llamac compile MODEL --target sm8350 --processors cpu,htp --calibrate pages.txt -o phone
 
@@ -57,7 +58,11 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "model", metavar="MODEL", type=Path, help="folder, .pth, GGUF, ONNX or .pt2 file"
     )
-    parser.add_argument("--target", metavar="SOC", required=True, help="the SoC to compile for")
+    targets = parser.add_mutually_exclusive_group(required=True)
+    targets.add_argument("--target", metavar="SOC", help="the SoC to compile for")
+    targets.add_argument(
+        "--targets", metavar="LIST", type=_names, help="several, each into a folder of DIR"
+    )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
     parser.add_argument(
         "--processors",
@@ -247,6 +252,12 @@ def _add_check_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--threads", metavar="N", type=positive_int, default=2, help="for verifying (default: 2)"
     )
+    group.add_argument(
+        "--builder",
+        metavar="WHERE",
+        default="local[1]",
+        help="of --targets: local, local[N] or dask://HOST:PORT (default: local[1])",
+    )
 
 
 def _config(args: argparse.Namespace) -> CompileConfig:
@@ -285,6 +296,10 @@ def _config(args: argparse.Namespace) -> CompileConfig:
 
 def run(args: argparse.Namespace) -> int:
     """Compile; print what it took."""
+    if args.targets is not None:
+        from llamac.tools.compile_matrix import run_matrix  # noqa: PLC0415
+
+        return run_matrix(args, _config(args))
     from llamac.compiler.pipeline import compile_bundle  # noqa: PLC0415
 
     report = compile_bundle(_config(args), progress_for(args))

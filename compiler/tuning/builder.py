@@ -1,27 +1,17 @@
-"""Where candidates are compiled: in this process, in others of this machine, or on a Dask cluster.
+"""Candidates are compiled in this process, in others of this machine, or on a Dask cluster.
 
-    local        as many processes as there are CPUs
-    local[N]     N processes; local[1] is this one
-    dask://H:P   the workers of a scheduler, with the same llamac and TVM
-
-All others than this process stand behind `concurrent.futures.Executor`. A process that the compiler
-takes down with it is replaced, and the point that did it is found and recorded as failed.
+A process that the compiler takes down with it is replaced, and the point that did it is found and
+recorded as failed.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
 from contextlib import AbstractContextManager
-from importlib.metadata import version
-from multiprocessing import get_context
 from types import TracebackType
-from typing import Any
 
-from llamac.runtime.errors import ToolchainMissing, UsageError
+from llamac.compiler.executors import executor_of
 from llamac.schedules.intrin.isa import Isa
 from llamac.schedules.kernel import compile_kernels
 from llamac.targets.cpu.kernels import KernelSpec
@@ -31,8 +21,6 @@ from llamac.targets.tuning.records import KnobValues
 
 CHUNK = 4  # points that a process gets at a time
 CRASHED = "the compiler crashed"
-PACKAGES = ("llamac", "apache-tvm", "apache-tvm-ffi")
-_DASK_SECONDS = 10
 
 Built = Candidate | str
 """A candidate, or why there is none."""
@@ -118,80 +106,9 @@ class Builder(AbstractContextManager["Builder"]):
 
 
 def open_builder(text: str) -> Builder:
-    """A builder by the words of the command line; see the beginning of this file.
+    """A builder by the words of the command line, see `compiler/executors.py`.
 
     Raises:
-        UsageError: there is no such builder, or the cluster cannot be used.
-        ToolchainMissing: Dask is not installed.
+        UsageError: there is no such builder.
     """
-    if text.startswith("dask://"):
-        return Builder(lambda: _cluster(text.removeprefix("dask://")))
-    found = re.fullmatch(r"local(?:\[(\d{1,3})\])?", text)
-    processes = int(found[1] or os.cpu_count() or 1) if found else 0
-    if not processes:
-        raise UsageError(
-            f"{text!r} is no builder",
-            cause="builders are local, local[N] and dask://HOST:PORT",
-            fix="leave out --builder for local",
-        )
-    return Builder(None if processes == 1 else lambda: _processes(processes))
-
-
-def _processes(count: int) -> Executor:
-    """Processes of this machine, which leave Ctrl-C to this one."""
-    return ProcessPoolExecutor(
-        count, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what compiles candidates, in this process."""
-    return {name: version(name) for name in PACKAGES}
-
-
-def _cluster(address: str) -> Executor:
-    """The workers of a Dask scheduler."""
-    try:
-        from distributed import Client  # noqa: PLC0415
-    except ImportError as error:
-        raise ToolchainMissing(
-            "Dask is not installed",
-            cause="--builder dask:// compiles on a Dask cluster",
-            fix="pip install 'llamac[dask]'",
-        ) from error
-    try:
-        client: Any = Client(  # type: ignore[no-untyped-call]
-            f"tcp://{address}", timeout=_DASK_SECONDS, set_as_default=False
-        )
-        workers = client.run(versions)
-    except Exception as error:  # Dask raises all kinds, and those of its workers
-        raise UsageError(
-            f"the Dask cluster at {address} cannot be used",
-            cause=last_line(error),
-            fix="give the address of a scheduler whose workers have this llamac installed",
-        ) from error
-    different = {name: found for name, found in workers.items() if found != versions()}
-    if different or not workers:
-        client.close()
-        raise UsageError(
-            f"the Dask cluster at {address} compiles something else",
-            cause=f"its workers have {next(iter(different.values()), 'not begun')}",
-            fix=f"install {versions()} there",
-        )
-    return _ClosingExecutor(client)
-
-
-class _ClosingExecutor(Executor):
-    """A Dask client as an executor that is closed with it."""
-
-    def __init__(self, client: Any) -> None:
-        self._client, self._executor = client, client.get_executor(pure=False)
-
-    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """See `Executor.submit`."""
-        return self._executor.submit(function, *args, **kwargs)
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Close the client; what was not done is not done."""
-        self._executor.shutdown(wait=wait and not cancel_futures)
-        self._client.close()
+    return Builder(executor_of(text))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llamac.compiler.tuning import builder as builder_module
+from llamac.compiler import executors
 from llamac.compiler.tuning.builder import CRASHED, Builder, open_builder
 from llamac.compiler.tuning.candidates import find_candidates
 from llamac.compiler.tuning.kernels import ModelOptions, model_kernels
@@ -69,10 +69,10 @@ def test_a_cluster_makes_the_same_candidates(problem: Problem, here: Any, cluste
 def test_a_cluster_with_another_compiler_is_refused(
     problem: Problem, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = builder_module.versions
-    client = builder_module._cluster(cluster)
+    own = executors.versions
+    client = executors._cluster(cluster)
     client.shutdown()
-    monkeypatch.setattr(builder_module, "PACKAGES", ("llamac",))
+    monkeypatch.setattr(executors, "PACKAGES", ("llamac",))
     with open_builder(f"dask://{cluster}") as builder, pytest.raises(UsageError) as error:
         find_candidates(problem, lambda done, points: None, builder)
     assert "compiles something else" in error.value.message
@@ -116,7 +116,7 @@ def test_words_that_are_no_builder(text: str) -> None:
 
 def test_a_cluster_that_is_not_there(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("distributed")
-    monkeypatch.setattr(builder_module, "_DASK_SECONDS", 1)
+    monkeypatch.setattr(executors, "_DASK_SECONDS", 1)
     with open_builder("dask://127.0.0.1:9") as builder, pytest.raises(UsageError) as error:
         find_candidates(problem, lambda done, points: None, builder)
     assert "cannot be used" in error.value.message
