@@ -211,6 +211,7 @@ def _tune(
         display_for(args, specs) as display,
     ):
         writer = RecordWriter(path)
+        display.devices = measurer.devices
 
         def sink(records: Sequence[Record]) -> None:
             nonlocal made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llamac.compiler.tuning.tuner import KernelState
     from llamac.targets.cpu.kernels import KernelSpec
+    from llamac.targets.tuning.measure import DeviceState
 
 LINE_SECONDS = 5.0
 ROWS = 12  # of kernels in the live table
@@ -35,11 +36,15 @@ class Display(AbstractContextManager["Display"]):
 
     Args:
         count: kernels to tune.
+
+    Attributes:
+        devices: tells what the devices of a farm do.
     """
 
     def __init__(self, count: int = 0) -> None:
         self.count = count
         self.states: dict[str, KernelState] = {}
+        self.devices: Callable[[], Sequence[DeviceState]] = list
         self._started = time.monotonic()
 
     def show(self, state: KernelState) -> None:
@@ -146,6 +151,11 @@ class LiveDisplay(Display):
                 "" if error is None else f"{100 * error:.0f} %",
                 state.ended,
             )
+        table.caption = "\n".join(
+            f"{device.name}: {device.trials} trials{', measuring' if device.is_busy else ''}"
+            for device in self.devices()
+        )
+        table.caption_justify = "left"
         return table
 
 

@@ -121,12 +121,17 @@ class Agent:
         """
         server = await asyncio.start_server(self._connected, address.host, address.port)
         self._port = port or server.sockets[0].getsockname()[1]
+        said = ""
         async with server:
             while True:
                 try:
                     await self._offer(address.host)
                 except TrackerLost as error:
-                    self._say(f"{self.name}: waiting for the tracker at {self.tracker}: {error}")
+                    if str(error) != said:  # once, however long it takes
+                        self._say(
+                            f"{self.name}: waiting for the tracker at {self.tracker}: {error}"
+                        )
+                    said = str(error)
                     await asyncio.sleep(self._patience.retry)
 
     async def _offer(self, host: str) -> None:

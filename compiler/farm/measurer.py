@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,14 @@ from llamac.compiler.farm.trial import Reading, Trial, make_trial
 from llamac.runtime.errors import FarmUnfit, FarmUnreachable, LlamacError, UsageError
 from llamac.targets.tuning.emulated import CoreModel
 from llamac.targets.tuning.host import ATTEMPTS, MOST_NOISE
-from llamac.targets.tuning.measure import Candidate, Measurement, Measurer, Problem, last_line
+from llamac.targets.tuning.measure import (
+    Candidate,
+    DeviceState,
+    Measurement,
+    Measurer,
+    Problem,
+    last_line,
+)
 
 MOST_LOST = 12  # leases of one candidate
 _PAUSE = 1.0
@@ -88,6 +96,7 @@ class FarmMeasurer(Measurer):
         self._pool = ThreadPoolExecutor(self.parallel, "farm")
         self._turn = threading.Lock()
         self._leases: set[Lease] = set()
+        self._trials: Counter[str] = Counter()
         self._is_closed = False
         self._reference: tuple[Problem, float] | None = None
 
@@ -103,6 +112,12 @@ class FarmMeasurer(Measurer):
         """
         pending = [self._pool.submit(self._measure, problem, c) for c in candidates]
         return [future.result() for future in pending]
+
+    def devices(self) -> list[DeviceState]:
+        """Devices that it has leased so far."""
+        with self._turn:
+            busy = {lease.welcome.name for lease in self._leases}
+            return [DeviceState(name, n, name in busy) for name, n in sorted(self._trials.items())]
 
     def close(self) -> None:
         """Give all devices back."""
@@ -157,6 +172,8 @@ class FarmMeasurer(Measurer):
                 if noise <= MOST_NOISE:
                     break
             assert best is not None
+            with self._turn:
+                self._trials[lease.welcome.name] += 1
             return best[1:]
 
     @staticmethod
@@ -201,6 +218,7 @@ class FarmMeasurer(Measurer):
             if self._is_closed:
                 lease.close()
             self._leases.add(lease)
+            self._trials[lease.welcome.name] += 0
         try:
             yield lease
         finally:

@@ -97,6 +97,21 @@ class Measurement:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class DeviceState:
+    """A device, as it is shown while it measures.
+
+    Attributes:
+        name: of the device.
+        trials: that it has measured.
+        is_busy: whether it measures now.
+    """
+
+    name: str
+    trials: int
+    is_busy: bool
+
+
 class Measurer(AbstractContextManager["Measurer"], ABC):
     """A way to measure; a context manager that holds what it needs.
 
@@ -117,6 +132,10 @@ class Measurer(AbstractContextManager["Measurer"], ABC):
     @abstractmethod
     def measure(self, problem: Problem, candidates: Sequence[Candidate]) -> list[Measurement]:
         """Measure candidates; whatever goes wrong with one is in its measurement."""
+
+    def devices(self) -> list[DeviceState]:
+        """Devices that it measures on, where it has several."""
+        return []
 
     def close(self) -> None:
         """Give back what it holds."""

@@ -120,6 +120,9 @@ def test_counts_of_a_farm_are_those_of_this_machine(
         found = remote.measure(problem, points(problem, count))
         assert remote.device == local.device
         assert remote.parallel == (2 if key == ARM else 1)
+        devices = remote.devices()
+    assert [device.is_busy for device in devices] == [False] * remote.parallel
+    assert sum(device.trials for device in devices) == count
     assert found == wanted
     assert {measurement.status for measurement in found} == {"ok"}
     assert all(info["trials"] for info in farm.agents(key))
