@@ -136,7 +136,10 @@ def _serve(args: argparse.Namespace) -> int:
     address = Address(_check_address(args), 0)
     device = Device.parse(args.device, args.cpu, args.ssh_config)
     tracker = Address.parse(args.tracker)
-    supervise(Service(args.key, device, tracker, address, via=args.via, ssh_config=args.ssh_config))
+    via, config = args.via, args.ssh_config
+    supervise(
+        Service(args.key, device, tracker, address, via=via, ssh_config=config, quiet=args.quiet)
+    )
     return 0
 
 

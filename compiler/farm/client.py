@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from types import TracebackType
 
@@ -84,7 +85,9 @@ class Lease:
             raise LeaseLost(f"{self.welcome.name}: {error}") from error
 
     def close(self) -> None:
-        """Give the device back."""
+        """Give the device back; a thread that waits for an answer waits no more."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
     def __enter__(self) -> Lease:

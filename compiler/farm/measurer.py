@@ -37,7 +37,7 @@ from llamac.targets.tuning.measure import (
 
 MOST_LOST = 12  # leases of one candidate
 _PAUSE = 1.0
-_SLICE = 10.0  # that a request waits before the farm is looked at again
+_SLICE = 2.0  # that a request waits before the farm is looked at again
 
 
 @dataclass(frozen=True)

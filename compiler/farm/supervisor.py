@@ -45,6 +45,7 @@ class Service:
         via: host through which tracker and clients are reached, by ssh; "": directly.
         ssh_config: a file in place of ssh's own configuration.
         patience: of the agent.
+        quiet: whether the agent keeps its states to itself.
         most_silence: seconds after which a silent agent is taken for frozen.
     """
 
@@ -56,6 +57,7 @@ class Service:
     via: str = ""
     ssh_config: str = ""
     patience: Patience = field(default_factory=Patience)
+    quiet: bool = False
     most_silence: float = 30.0
 
 
@@ -154,8 +156,15 @@ def serve(service: Service, beats: Connection) -> None:
     target = target_of(service.key)
     transport = open_transport(service.device, target)
     canaries = make_canaries(target, transport.cost)
-    agent = Agent(service.key, target.arch, transport, canaries, service.tracker, service.patience)
+    say = _nothing if service.quiet else to_stderr
+    agent = Agent(
+        service.key, target.arch, transport, canaries, service.tracker, service.patience, say
+    )
     asyncio.run(_run(agent, service, beats))
+
+
+def _nothing(line: str) -> None:
+    """Say nothing."""
 
 
 async def _run(agent: Agent, service: Service, beats: Connection) -> None:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ from llamac.compiler.farm.tracker import request
 from llamac.compiler.farm.trial import Trial, make_trial
 from llamac.compiler.tuning.kernels import ModelOptions, model_kernels
 from llamac.compiler.tuning.problems import make_problem
+from llamac.runtime.errors import FarmUnreachable
 from llamac.targets.tuning.emulated import AarchCounter, PacketCounter
 from llamac.targets.tuning.measure import Candidate, Measurer, Problem
 
@@ -246,6 +248,32 @@ def test_a_client_that_is_killed_gives_its_device_back(
     assert loopback.eventually(lambda: not _is_alive(running), 10)
     farm.wait_until_free(HOST)
     assert time.monotonic() - started < 10
+
+
+def test_a_tuner_that_is_interrupted_does_not_wait(
+    farm: Any, loopback: ModuleType, replaced: Any, bad_program: Any
+) -> None:
+    """What it measured ends at once, and what waits for a device does not begin."""
+    replaced(program=bad_program("endless", HOST))
+    problem = problem_of(HOST)
+    remote = open_farm(farm, HOST, seconds=60.0)
+    errors: list[BaseException] = []
+
+    def measure() -> None:
+        try:
+            remote.measure(problem, points(problem, 3))
+        except (FarmUnreachable, CancelledError) as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    loopback.eventually(lambda: farm.processes("program"))
+    started = time.monotonic()
+    remote.close()
+    thread.join(20)
+    assert time.monotonic() - started < 10
+    assert len(errors) == 1
+    farm.wait_until_free(HOST)
 
 
 def test_a_client_that_never_comes_loses_its_lease(farm: Any) -> None:
