@@ -19,6 +19,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from llamac.runtime.errors import ToolchainMissing, UsageError
+from llamac.targets.tuning.measure import last_line
 
 PACKAGES = ("llamac", "apache-tvm", "apache-tvm-ffi")
 _DASK_SECONDS = 10
@@ -74,7 +75,7 @@ def _cluster(address: str) -> Executor:
     except Exception as error:  # Dask raises all kinds, and those of its workers
         raise UsageError(
             f"the Dask cluster at {address} cannot be used",
-            cause=(str(error).strip().splitlines() or [type(error).__name__])[-1][:200],
+            cause=last_line(error),
             fix="give the address of a scheduler whose workers have this llamac installed",
         ) from error
     different = {name: found for name, found in workers.items() if found != versions()}

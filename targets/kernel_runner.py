@@ -155,6 +155,11 @@ class KernelCall:
         """Size of all tensors with what lies between them."""
         return sum(map(self._padded, self.tensors))
 
+    @property
+    def output_bytes(self) -> int:
+        """Size of what the program writes."""
+        return self.data_bytes + _COSTS.size
+
     def decode(self, data: bytes) -> list[Array]:
         """The tensors after the call."""
         results, offset = [], 0

@@ -188,6 +188,8 @@ HEADER = ("key", "agent", "device", "measures", "state", "trials", "faults", "te
 
 def _row(info: Mapping[str, Any]) -> tuple[str, ...]:
     """What an agent says of itself, without trusting it."""
+    from llamac.compiler.farm.protocol import printable  # noqa: PLC0415
+
     state = str(info.get("state", ""))
     note = str(info.get("note") or "")
     degrees = info.get("temperature")
@@ -201,7 +203,7 @@ def _row(info: Mapping[str, Any]) -> tuple[str, ...]:
         f"{info.get('candidate_faults', 0)} candidates, {info.get('device_faults', 0)} device",
         f"{degrees:.0f} °C" if isinstance(degrees, (int, float)) else "",
     )
-    return tuple("".join(c for c in str(cell) if c.isprintable())[:80] for cell in cells)
+    return tuple(printable(str(cell))[:80] for cell in cells)
 
 
 def _print(infos: Sequence[Mapping[str, Any]], title: str, *, plain: bool) -> None:

@@ -33,7 +33,8 @@ h1{font-size:1.5rem}h2{font-size:1.05rem;margin:2.5rem 0 .3rem;overflow-wrap:any
 p{margin:.3rem 0}.soft{color:var(--soft)}.bad{color:var(--bad)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{text-align:left;padding:.25rem .7rem .25rem 0;border-bottom:1px solid var(--line);
-white-space:nowrap}td:first-child{white-space:normal}a{color:var(--best)}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+white-space:nowrap}td:first-child{white-space:normal}a{color:var(--best)}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem}
 figure{margin:.6rem 0}figcaption{font-size:.85rem;color:var(--soft)}svg{width:100%;height:auto}
 svg text{fill:var(--soft);font:11px system-ui,sans-serif}.axis{stroke:var(--line)}

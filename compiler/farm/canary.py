@@ -51,7 +51,7 @@ class Canary:
         """
         (folder / PROGRAM).write_bytes(self.trial.program)
         (folder / CALL).write_bytes(self.trial.call.encode())
-        ran = await transport.run(folder, seconds, self.trial.output_bytes)
+        ran = await transport.run(folder, seconds, self.trial.call.output_bytes)
         if ran.problem:
             return f"the canary fails: {ran.problem}"
         try:

@@ -6,6 +6,7 @@ import platform
 import subprocess
 from dataclasses import dataclass
 
+from llamac.compiler.farm.protocol import printable
 from llamac.compiler.farm.transports import (
     AdbTransport,
     LocalTransport,
@@ -77,7 +78,7 @@ def open_transport(device: Device, target: CpuTarget) -> Transport:
     if device.kind == "adb":
         transport = AdbTransport(device.place, device.cpu)
     else:
-        transport = SshTransport(device.place, None, device.cpu, device.ssh_config)
+        transport = SshTransport(device.place, device.cpu, device.ssh_config)
     _check_machine(_ask(transport.shell(_SHELL_MACHINE)), device, target)
     transport.device = _ask(transport.shell(_SHELL_NAME)) or device.place
     return transport
@@ -126,8 +127,7 @@ def _ask(command: list[str]) -> str:
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         raise _lost(command, said[-1] if said else f"it ended with {done.returncode}")
-    text = done.stdout.decode(errors="replace").strip()
-    return "".join(character for character in text if character.isprintable())[:200]
+    return printable(done.stdout.decode(errors="replace").strip())[:200]
 
 
 def _lost(command: list[str], cause: str) -> DeviceError:

@@ -158,13 +158,10 @@ class FarmMeasurer(Measurer):
         """Run a program on the next device; several times, if its times differ much."""
         with self._lease() as lease:
             best: tuple[float, Outcome, bytes] | None = None
+            call, most_output = trial.call.encode(), trial.call.output_bytes
             for _ in range(ATTEMPTS):
                 outcome, output = lease.measure(
-                    trial.program,
-                    trial.call.encode(),
-                    trial.output_bytes,
-                    self._options.seconds,
-                    self._options.grace,
+                    trial.program, call, most_output, self._options.seconds, self._options.grace
                 )
                 noise = self._noise(trial, outcome, output)
                 if best is None or noise < best[0]:

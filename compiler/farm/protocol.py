@@ -152,6 +152,11 @@ def _check(name: str, value: Any, kind: type) -> None:
         raise ProtocolError(f"{name} is {value!r:.40}")
 
 
+def printable(text: str) -> str:
+    """What others say, without characters that move a terminal's cursor."""
+    return "".join(character for character in text if character.isprintable())
+
+
 def decode_length(data: bytes) -> int:
     """Length of the JSON.
 

@@ -226,17 +226,14 @@ class SshTransport(ShellTransport):
 
     Args:
         host: "name" or "user@name", as ssh knows it.
-        port: of its ssh; None: ssh's choice.
         cpu: see `Transport`.
         config: a file in place of ssh's own configuration.
     """
 
-    def __init__(
-        self, host: str, port: int | None = None, cpu: int | None = None, config: str = ""
-    ) -> None:
+    def __init__(self, host: str, cpu: int | None = None, config: str = "") -> None:
         super().__init__(f"ssh {check_host(host)}", host, REMOTE_FOLDER, cpu)
         self._host = host
-        self._options = [*ssh_options(config), *(() if port is None else ("-o", f"Port={port}"))]
+        self._options = ssh_options(config)
 
     def shell(self, line: str) -> list[str]:
         """See `ShellTransport.shell`."""

@@ -18,11 +18,10 @@ from llamac.targets.kernel_runner import (
     build_kernel_program,
     build_timed_program,
 )
-from llamac.targets.tuning.host import DEFAULT_CACHE_BYTES, MOST_COPIES
-from llamac.targets.tuning.measure import Array, Problem, empty_outputs
+from llamac.targets.tuning.host import DEFAULT_CACHE_BYTES
+from llamac.targets.tuning.measure import Array, Problem, empty_outputs, weight_copies
 from llamac.targets.tuning.records import KnobValues
 
-_COSTS_BYTES = 24
 _turn = threading.Lock()  # TVM compiles for one thread at a time
 
 
@@ -59,13 +58,6 @@ class Trial:
     program: bytes
     call: KernelCall | TimedCall
 
-    @property
-    def output_bytes(self) -> int:
-        """Size of what the program writes."""
-        if isinstance(self.call, TimedCall):
-            return self.call.output_bytes
-        return self.call.data_bytes + _COSTS_BYTES
-
     def read(self, output: bytes, count: int) -> Reading:
         """What the program wrote, and the agent counted.
 
@@ -75,8 +67,8 @@ class Trial:
         if isinstance(self.call, TimedCall):
             outputs, times = self.call.decode_times(output)
             return Reading(outputs, times)
-        if len(output) != self.output_bytes:
-            raise ValueError(f"{len(output)} bytes came back instead of {self.output_bytes}")
+        if len(output) != self.call.output_bytes:
+            raise ValueError(f"{len(output)} bytes came back instead of {self.call.output_bytes}")
         after = self.call.decode(output)
         if self.cost == "packets":
             count = self.call.decode_costs(output).total
@@ -110,15 +102,8 @@ def make_trial(problem: Problem, knobs: KnobValues, cost: str) -> Trial:
             num_outputs=num_outputs(func),
             reference_end=work_items(reference),
             streamed=problem.streamed,
-            copies=_copies(problem),
+            copies=weight_copies(
+                problem.spec, problem.inputs, problem.streamed, DEFAULT_CACHE_BYTES
+            ),
         )
         return Trial(problem, func, cost, program.read_bytes(), timed)
-
-
-def _copies(problem: Problem) -> int:
-    """Of weights, so that a kernel for one token reads them from memory as in a model."""
-    size = sum(problem.inputs[i].nbytes for i in problem.streamed)
-    shape = problem.spec.shape
-    is_token = 1 in (getattr(shape, name, 0) for name in ("m", "tokens"))
-    wanted = -(-2 * DEFAULT_CACHE_BYTES // size) if size and is_token else 1
-    return min(wanted, MOST_COPIES)

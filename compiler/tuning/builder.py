@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
 from contextlib import AbstractContextManager
-from types import TracebackType
 
 from llamac.compiler.executors import executor_of
 from llamac.schedules.intrin.isa import Isa
@@ -96,12 +95,7 @@ class Builder(AbstractContextManager["Builder"]):
             self._executor.shutdown(wait=True, cancel_futures=True)
         self._executor = None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

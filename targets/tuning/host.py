@@ -38,6 +38,7 @@ from llamac.targets.tuning.measure import (
     Problem,
     empty_outputs,
     last_line,
+    weight_copies,
 )
 from llamac.targets.tuning.records import KnobValues
 
@@ -50,7 +51,6 @@ START_SECONDS = 120.0  # importing TVM on a busy machine
 CALL_SECONDS = 60.0
 IDLE_SECONDS = 0.2
 DEFAULT_CACHE_BYTES = 32 << 20
-MOST_COPIES = 256  # smaller weights are those of a model that fits the cache anyway
 _X86_MACHINES = {"x86_64", "AMD64"}
 
 
@@ -302,10 +302,7 @@ class _Loaded:
     ) -> _Loaded:
         import tvm  # noqa: PLC0415 (the process has just started)
 
-        size = sum(inputs[i].nbytes for i in streamed)
-        is_token = 1 in (getattr(spec.shape, name, 0) for name in ("m", "tokens"))
-        wanted = -(-2 * last_cache_bytes() // size) if size and is_token else 1
-        copies = min(wanted, MOST_COPIES)
+        copies = weight_copies(spec, inputs, streamed, last_cache_bytes())
         tensors = [tvm.runtime.tensor(array) for array in inputs]
         sets = [tensors]
         for _ in range(copies - 1):

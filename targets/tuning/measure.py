@@ -29,6 +29,7 @@ Array = NDArray[Any]
 Judge = Callable[[Sequence[Array]], str]
 
 SYMBOL = "kernel"
+MOST_COPIES = 256  # smaller weights are those of a model that fits the cache anyway
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,22 @@ class Measurer(AbstractContextManager["Measurer"], ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def weight_copies(
+    spec: KernelSpec, inputs: Sequence[Array], streamed: Sequence[int], cache_bytes: int
+) -> int:
+    """How many copies of its weights make a kernel for one token read them from memory.
+
+    Args:
+        spec: the kernel.
+        inputs: its tensors.
+        streamed: which of them are weights.
+        cache_bytes: size of the last cache; the copies are twice as large.
+    """
+    size = sum(inputs[i].nbytes for i in streamed)
+    is_token = 1 in (getattr(spec.shape, name, 0) for name in ("m", "tokens"))
+    return min(-(-2 * cache_bytes // size), MOST_COPIES) if size and is_token else 1
 
 
 def empty_outputs(func: PrimFunc) -> list[Array]:

@@ -31,6 +31,19 @@ def loopback(helper: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
+def empty_farm(loopback: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A tracker without devices."""
+    pytest.importorskip("tornado")
+    farm = loopback.Farm(tmp_path_factory.mktemp("farm"))
+    farm.start_tracker()
+    try:
+        assert loopback.eventually(lambda: "Ctrl-C" in farm.log(), 60)
+        yield farm
+    finally:
+        farm.close()
+
+
+@pytest.fixture(scope="module")
 def farm(loopback: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The farm, when all of it is free."""
     pytest.importorskip("tornado")

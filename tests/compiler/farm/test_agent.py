@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +33,9 @@ class Unplugged(LocalTransport):
 
 
 @pytest.fixture(scope="module")
-def farm(loopback: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A tracker."""
-    pytest.importorskip("tornado")
-    farm = loopback.Farm(tmp_path_factory.mktemp("farm"))
-    farm.start_tracker()
-    try:
-        assert loopback.eventually(lambda: "Ctrl-C" in farm.log(), 60)
-        yield farm
-    finally:
-        farm.close()
+def farm(empty_farm: Any) -> Any:
+    """A tracker without devices."""
+    return empty_farm
 
 
 @pytest.fixture(scope="module")

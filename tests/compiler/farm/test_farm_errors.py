@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -32,16 +31,9 @@ AGENT = {
 
 
 @pytest.fixture(scope="module")
-def farm(loopback: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def farm(empty_farm: Any) -> Any:
     """A tracker without devices."""
-    pytest.importorskip("tornado")
-    farm = loopback.Farm(tmp_path_factory.mktemp("farm"))
-    farm.start_tracker()
-    try:
-        assert loopback.eventually(lambda: "Ctrl-C" in farm.log(), 60)
-        yield farm
-    finally:
-        farm.close()
+    return empty_farm
 
 
 @asynccontextmanager
