@@ -99,7 +99,7 @@ def counting(emulator: Emulator, out: Path) -> Emulator:
     """
     if not emulator.has_plugins:
         raise ToolchainMissing(
-            f"{Path(emulator.program).name} {'.'.join(map(str, emulator.version))} has no plug-ins",
+            f"{Path(emulator.program).name} {emulator.version_text} has no plug-ins",
             cause="it was built without -plugin, as static builds of QEMU are",
             fix="use the dynamic build (Debian 12: qemu-user), by LLAMAC_QEMU if it is not first",
         )

@@ -97,10 +97,14 @@ class Emulator:
     packets: str = ""
 
     @property
+    def version_text(self) -> str:
+        """Its version as QEMU writes it, "7.2.22"."""
+        return ".".join(map(str, self.version))
+
+    @property
     def description(self) -> str:
         """What it is, for people."""
-        version = ".".join(map(str, self.version))
-        return f"{Path(self.program).name} {version}, CPU model {self.cpu}"
+        return f"{Path(self.program).name} {self.version_text}, CPU model {self.cpu}"
 
     def command(self, *program: str | Path) -> list[str]:
         """Return the command that runs a static program with its arguments."""

@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model} on {model.target.soc.name}, {level.name}",
             [_row(state) for state in states],
             plain=args.plain,
-            header=("kernel", "trials", "of", "default", "best", "gain", "knobs"),
+            header=("kernel", "trials", "of", "default", "best", "gain", "of roof", "knobs"),
         )
     return 0
 
@@ -300,7 +300,7 @@ def open_measurer(cost: str, model: ModelKernels, level: Isa) -> Measurer:
 
 
 def _row(state: KernelState) -> tuple[str, ...]:
-    from llamac.tools.tune_display import cost_text  # noqa: PLC0415
+    from llamac.tools.tune_display import cost_text, share_text  # noqa: PLC0415
 
     return (
         state.name,
@@ -309,6 +309,7 @@ def _row(state: KernelState) -> tuple[str, ...]:
         cost_text(state.default, state.kind),
         cost_text(state.best, state.kind),
         f"{100 * state.gain:.1f} %",
+        share_text(state.roof_share),
         _words(state.knobs),
     )
 
@@ -319,4 +320,5 @@ def _words(knobs: Any) -> str:
 
 
 def _as_json(state: KernelState) -> dict[str, Any]:
-    return vars(state) | {"knobs": dict(state.knobs), "gain": state.gain}
+    derived = {"gain": state.gain, "roof_share": state.roof_share}
+    return vars(state) | {"knobs": dict(state.knobs)} | derived

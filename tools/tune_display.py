@@ -31,6 +31,11 @@ def cost_text(cost: float, kind: str) -> str:
     return f"{cost:.4g} {unit}" if cost < 1e4 else f"{cost:.0f} {unit}"
 
 
+def share_text(share: float | None) -> str:
+    """A share in percent, "" if it is not known."""
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
 class Display(AbstractContextManager["Display"]):
     """Shows nothing; `display_for` chooses what shows more.
 
@@ -88,6 +93,8 @@ class PlainDisplay(Display):
         if state.best:
             gain = f"{100 * state.gain:.1f} % below the default"
             parts.append(f"best {cost_text(state.best, state.kind)}, {gain}")
+        if state.roof_share is not None:
+            parts.append(f"{share_text(state.roof_share)} of the roof")
         if state.wrong:
             parts.append(f"{state.wrong} wrong")
         if state.model_error is not None:
@@ -136,10 +143,9 @@ class LiveDisplay(Display):
             title_justify="left",
             box=box.SIMPLE_HEAD,
         )
-        for name in ("kernel", "trials", "best", "gain", "model error", ""):
+        for name in ("kernel", "trials", "best", "gain", "of roof", "model error", ""):
             table.add_column(name, no_wrap=name != "kernel")
         for state in list(self.states.values())[-ROWS:]:
-            error = state.model_error
             is_compiling = state.compiled < state.points
             table.add_row(
                 state.name,
@@ -148,7 +154,8 @@ class LiveDisplay(Display):
                 else f"{state.trials}/{state.budget}",
                 cost_text(state.best, state.kind),
                 f"{100 * state.gain:.1f} %",
-                "" if error is None else f"{100 * error:.0f} %",
+                share_text(state.roof_share),
+                share_text(state.model_error),
                 state.ended,
             )
         table.caption = "\n".join(

@@ -4,6 +4,9 @@ All points of some spaces are measured on this machine. Then the tuner runs many
 measured, with other chance each time, and so does a search by chance alone. Quality is the cost of
 the best of all points by that of the point which was chosen: 100 % is the optimum. The tables are
 those of docs/tuning.md.
+
+With --transfer one product of the 1B model is tuned, for one token and for 128, and the best knobs
+are used for the others of the 1B and the 3B model without a trial, as compiling with records does.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from llamac.schedules.intrin.isa import Isa
 from llamac.targets.cpu.kernels import KernelSpec
 from llamac.targets.tuning.host import KIND, HostTimer
 from llamac.targets.tuning.measure import Candidate, Measurement, Measurer, Problem
-from llamac.targets.tuning.records import Place, Record
+from llamac.targets.tuning.records import KnobValues, Place, Record, same
 from llamac.tools.console import positive_int, print_rows
 
 MODEL = "llama-3.2-1b"
@@ -35,6 +38,16 @@ KERNELS = (
     "residual_128x2048x8192",
     "attention_float16_8x",
 )
+TRANSFERS = (
+    ("qsi4c32_1x", "qsi4c32_residual_1x", "qsi4c32_swiglu_1x"),
+    (
+        "qsi4c32_128x",
+        "qsi4c32_residual_128x",
+        "qsi4c32_swiglu_128x",
+    ),
+)
+TRANSFER_MODELS = (MODEL, "llama-3.2-3b")
+TRANSFER_TRIALS = 16
 TRIALS = (8, 12, 16, 24, 32)
 BATCH = 8  # measured side by side with the default
 NEAR = 0.95
@@ -78,7 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=positive_int, default=40)
     parser.add_argument("--kernels", nargs="*", default=KERNELS)
     parser.add_argument("--level")
+    parser.add_argument("--transfer", action="store_true")
     args = parser.parse_args(argv)
+    if args.transfer:
+        return transfer(args.level, args.seeds)
     model = model_kernels(MODEL, "host", "cpu", ModelOptions())
     level = model.level(args.level)
     with HostTimer(level) as timer:
@@ -98,6 +114,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     header = ("kernel", "search", *(f"{trials} trials" for trials in TRIALS))
     print_rows("quality: mean (5th percentile), %", rows, plain=True, header=header)
     return 0
+
+
+def transfer(level_name: str | None, seeds: int) -> int:
+    """Tune the first shape of each family; how good are its knobs for the others?"""
+    models = [model_kernels(name, "host", "cpu", ModelOptions()) for name in TRANSFER_MODELS]
+    level = models[0].level(level_name)
+    rows = []
+    with HostTimer(level) as timer:
+        print(f"device: {timer.device}, level {level.name}\n")
+        for names in TRANSFERS:
+            specs = [s for m in models for name in names for s in m.tunable(level, name)]
+            first, *others = (measure_all(spec, level, timer) for spec in specs)
+            chosen = [chosen_knobs(first, level, seed) for seed in range(seeds)]
+            for measured in (first, *others):
+                costs = {same(c.knobs): measured.costs.get(c.code) for c in measured.candidates}
+                qualities = [_quality(measured, costs.get(same(knobs))) for knobs in chosen]
+                trials = TRANSFER_TRIALS if measured is first else 0
+                default = space_row(measured)[-1]
+                rows.append((measured.spec.name, str(trials), default, summary(qualities)))
+    header = ("kernel", "trials", "default", "chosen: mean (5th percentile), %")
+    print_rows("knobs of another shape", rows, plain=True, header=header)
+    return 0
+
+
+def _quality(measured: Measured, cost: float | None) -> float:
+    """Of knobs that a kernel got from another; where they do not fit it has its default."""
+    return measured.best / (cost or measured.costs[measured.candidates[0].code])
+
+
+def chosen_knobs(measured: Measured, level: Isa, seed: int) -> KnobValues:
+    """What the tuner chooses for a kernel."""
+    place = Place("host", "x86-64", level.name)
+    tuner = Tuner(place, Replay(measured.costs), (), lambda records: None, lambda state: None, seed)
+    return tuner.tune(measured.spec, level, Limits(TRANSFER_TRIALS)).knobs
 
 
 SPACE_HEADER = ("kernel", "points", "codes", "worst : best", "within 5 %", "default")

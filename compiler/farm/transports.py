@@ -121,8 +121,7 @@ class QemuTransport(LocalTransport):
     """Runs programs under QEMU, which counts what the kernel executes; counts are no time."""
 
     def __init__(self, emulator: Emulator) -> None:
-        version = ".".join(map(str, emulator.version))
-        super().__init__(f"qemu-{emulator.arch}", f"qemu-{emulator.arch} {version}")
+        super().__init__(f"qemu-{emulator.arch}", f"qemu-{emulator.arch} {emulator.version_text}")
         self._emulator = emulator
         self._counts_by_itself = emulator.arch == HEXAGON.name
         self.cost = "packets" if self._counts_by_itself else "instructions"

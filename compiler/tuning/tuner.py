@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 
 from llamac.compiler.tuning.builder import Builder
@@ -69,6 +70,7 @@ class KernelState:
         default: cost of the default; 0: not measured.
         best: lowest cost so far.
         knobs: of the best.
+        roof: the least that the device could need, in the unit of costs; 0: not known.
         model_error: median relative error of the model's predictions of the last batch; None: it
             predicted nothing.
         seconds: since it was begun.
@@ -87,6 +89,7 @@ class KernelState:
     default: float = 0.0
     best: float = 0.0
     knobs: KnobValues = field(default_factory=dict)
+    roof: float = 0.0
     model_error: float | None = None
     seconds: float = 0.0
     ended: str = ""
@@ -95,6 +98,11 @@ class KernelState:
     def gain(self) -> float:
         """How much less the best costs than the default, relative to the default."""
         return 1 - self.best / self.default if self.default else 0.0
+
+    @property
+    def roof_share(self) -> float | None:
+        """How near the best is to the roof, 1: it cannot be faster; None: not known."""
+        return self.roof / self.best if self.roof and self.best else None
 
 
 Show = Callable[[KernelState], None]
@@ -257,6 +265,7 @@ class _KernelRun:
         """Measure candidates, record and learn."""
         if not candidates:
             return
+        self.state.roof = self._roof
         predicted = self._predict(candidates) if self._model.is_fitted else None
         results = self._tuner._measurer.measure(self._problem, candidates)
         pairs = list(zip(candidates, results, strict=True))
@@ -279,6 +288,11 @@ class _KernelRun:
             ]
             self.state.model_error = statistics.median(errors) if errors else None
         self._changed()
+
+    @cached_property
+    def _roof(self) -> float:
+        """The least cost; nothing is asked for it before something is measured."""
+        return self._tuner._measurer.roof(self._problem)
 
     @property
     def _unit(self) -> int:

@@ -110,7 +110,7 @@ class PacketCounter(EmulatedMeasurer):
 
     def __init__(self) -> None:
         super().__init__(find_emulator(arch=HEXAGON.name))
-        self.device = f"qemu-hexagon {_version(self.emulator)}"
+        self.device = f"qemu-hexagon {self.emulator.version_text}"
 
     def kind(self, problem: Problem) -> str:
         """Packets."""
@@ -136,7 +136,7 @@ class AarchCounter(EmulatedMeasurer):
 
     def __init__(self, level: Isa, core: str, *, use_model: bool = True) -> None:
         super().__init__(find_emulator(CPUS.get(level.name), AARCH64.name))
-        version = _version(self.emulator)
+        version = self.emulator.version_text
         if level.name == "sme" and self.emulator.version < FIRST_VERSION_WITH_SME:
             self.close()
             raise TuningImpossible(
@@ -206,7 +206,3 @@ class CoreModel:
             return None
         rate = macs_per_cycle(loop, MODELS[self._model])
         return None if rate is None else rate * loop.instructions / loop.macs
-
-
-def _version(emulator: Emulator) -> str:
-    return ".".join(map(str, emulator.version))

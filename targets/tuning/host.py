@@ -37,10 +37,12 @@ from llamac.targets.tuning.measure import (
     Measurer,
     Problem,
     empty_outputs,
+    is_for_token,
     last_line,
     weight_copies,
 )
 from llamac.targets.tuning.records import KnobValues
+from llamac.targets.tuning.roofs import Roofs, has_roof, measure_roofs
 
 KIND = "time_us"
 ROUNDS = 7
@@ -70,6 +72,7 @@ class HostTimer(Measurer):
         self._worker: _Worker | None = None
         self._loaded: Problem | None = None
         self._reference_us = 0.0
+        self._roofs = Roofs()
 
     def kind(self, problem: Problem) -> str:
         """Microseconds."""
@@ -86,6 +89,19 @@ class HostTimer(Measurer):
             for i, result in zip(right, timed, strict=True):
                 measured[i] = result
         return [result for result in measured if result is not None]
+
+    def roof(self, problem: Problem) -> float:
+        """Microseconds, by what this CPU has multiplied and read at most in all calls so far."""
+        if not has_roof(problem.spec.family):
+            return 0.0
+        try:
+            found = self._ask(problem, "roofs", None)
+        except _WorkerError:
+            return 0.0
+        self._roofs = found.at_least(self._roofs)
+        streamed = sum(problem.inputs[i].nbytes for i in problem.streamed)
+        weights = streamed if is_for_token(problem.spec) else 0
+        return self._roofs.of_call(problem.spec.family, problem.products, weights)
 
     def _judge(self, problem: Problem, knobs: KnobValues) -> Measurement | None:
         """What is wrong with a candidate; None: nothing."""
@@ -323,6 +339,10 @@ class _Loaded:
             outputs = [tvm.runtime.tensor(array) for array in arrays]
             self.kernels[key] = (kernel, outputs, arrays, work_items(func))
         return self.kernels[key]
+
+    def roofs(self, _: None) -> Roofs:
+        """What this CPU does at most."""
+        return measure_roofs(self.isa, last_cache_bytes())
 
     def run(self, knobs: KnobValues) -> list[Array]:
         """Outputs of a call with all work items."""

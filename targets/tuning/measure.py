@@ -134,6 +134,10 @@ class Measurer(AbstractContextManager["Measurer"], ABC):
     def measure(self, problem: Problem, candidates: Sequence[Candidate]) -> list[Measurement]:
         """Measure candidates; whatever goes wrong with one is in its measurement."""
 
+    def roof(self, problem: Problem) -> float:
+        """The least that a call can cost on the device, in the unit of `kind`; 0: not known."""
+        return 0.0
+
     def devices(self) -> list[DeviceState]:
         """Devices that it measures on, where it has several."""
         return []
@@ -163,8 +167,12 @@ def weight_copies(
         cache_bytes: size of the last cache; the copies are twice as large.
     """
     size = sum(inputs[i].nbytes for i in streamed)
-    is_token = 1 in (getattr(spec.shape, name, 0) for name in ("m", "tokens"))
-    return min(-(-2 * cache_bytes // size), MOST_COPIES) if size and is_token else 1
+    return min(-(-2 * cache_bytes // size), MOST_COPIES) if size and is_for_token(spec) else 1
+
+
+def is_for_token(spec: KernelSpec) -> bool:
+    """Whether a kernel computes one token: a model reads its weights from memory."""
+    return 1 in (getattr(spec.shape, name, 0) for name in ("m", "tokens"))
 
 
 def empty_outputs(func: PrimFunc) -> list[Array]:
