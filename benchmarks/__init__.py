@@ -1,0 +1,1 @@
+"""llamac beside other engines, on one machine in one run: `python -m benchmarks --help`."""
